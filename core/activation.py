@@ -1,0 +1,188 @@
+"""Which sets act: the model's default, a context's override, or what a recomputed forward saw.
+
+Law 10. Activation checkpointing runs parts of a forward again during backward, perhaps in another
+thread, after the `with` block, or under another set. Every module between the root and a slot
+therefore stamps its outputs: a prehook on the output's autograd node notes, when backward gets
+there, which sets the forward used. Whatever is recomputed behind that node asks the note.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AdaptError, ReplayError
+
+if TYPE_CHECKING:
+    from .drawer import Drawer
+
+
+@dataclass(frozen=True)
+class Active:
+    """The sets that act on a call: `names` in order on every sample, or one name per sample."""
+
+    names: tuple[str, ...] = ()
+    per_sample: tuple[str | None, ...] | None = None
+
+
+# One entry per backbone (by the identity of its drawer): contexts of several models may nest.
+_OVERRIDES: ContextVar[tuple[tuple[int, Active], ...]] = ContextVar("overrides", default=())
+# What a WeightSlot imposes while it runs its reader once per set; stronger than a replay.
+_IMPOSED: ContextVar[tuple[tuple[int, Active], ...]] = ContextVar("imposed", default=())
+
+_MOST_RECORDS = 64  # a backward that raises leaves its record; graph task ids are never used again
+
+
+@contextmanager
+def activate(
+    backbone: nn.Module,
+    names: str | Sequence[str] | None = None,
+    *,
+    per_sample: Sequence[str | None] | None = None,
+) -> Iterator[None]:
+    """Use other adapter sets for the calls of this context, in this thread only.
+
+    `names`: one name, several (they act one after another), or None for the untouched backbone;
+    `per_sample`: one name or None for each sample of the batch. Unknown names are refused.
+    Backward may run anywhere and any time later, also through activation checkpoints. One limit: a
+    block that was compiled by itself *inside* an eager checkpoint cannot ask which forward it
+    belongs to; compile around the checkpoint instead.
+
+    >>> from polyadapt.core import LoRA, activate, attach
+    >>> model = nn.Sequential(nn.Linear(4, 4))
+    >>> _ = attach(model, LoRA(rank=2), at="0", name="pets")
+    >>> with activate(model, None):
+    ...     y = model(torch.ones(1, 4))
+    """
+    from .drawer import drawer_of
+
+    drawer = drawer_of(backbone)
+    active = drawer.checked(wanted(names, per_sample))
+    token = _OVERRIDES.set((*_OVERRIDES.get(), (id(drawer), active)))
+    try:
+        yield
+    finally:
+        _OVERRIDES.reset(token)
+
+
+def wanted(
+    names: str | Sequence[str] | None, per_sample: Sequence[str | None] | None = None
+) -> Active:
+    """Read the arguments of `activate`; they are checked against a backbone elsewhere."""
+    if per_sample is not None:
+        if names is not None:
+            raise AdaptError("give either names for the whole batch or per_sample, not both")
+        return Active((), tuple(per_sample))
+    if names is None:
+        return Active()
+    chosen = (names,) if isinstance(names, str) else tuple(names)
+    if len(set(chosen)) != len(chosen):
+        raise AdaptError(f"a set can act once at a time, got {list(chosen)}")
+    return Active(chosen)
+
+
+def current(drawer: Drawer) -> Active:
+    """The sets that act here and now."""
+    imposed = _last(_IMPOSED.get(), drawer)
+    if imposed is not None:
+        return imposed
+    if not torch.compiler.is_compiling():
+        task = torch._C._current_graph_task_id()
+        if task != -1:
+            return drawer.records.of(task)
+    override = _last(_OVERRIDES.get(), drawer)
+    return drawer.default if override is None else override
+
+
+@contextmanager
+def imposed(drawer: Drawer, active: Active) -> Iterator[None]:
+    """Within: exactly these sets, replay or not."""
+    token = _IMPOSED.set((*_IMPOSED.get(), (id(drawer), active)))
+    try:
+        yield
+    finally:
+        _IMPOSED.reset(token)
+
+
+def _last(entries: tuple[tuple[int, Active], ...], drawer: Drawer) -> Active | None:
+    for key, active in reversed(entries):
+        if key == id(drawer):
+            return active
+    return None
+
+
+class Records:
+    """By running backward (autograd's graph task) and thread: the sets of the forward behind."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, dict[int, Active]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Records:
+        return Records()
+
+    def __reduce__(self) -> tuple[type[Records], tuple[()]]:
+        return Records, ()
+
+    def of(self, task: int) -> Active:
+        """The record of a running backward; refused when it cannot be told."""
+        record = self._of.get(task, {})
+        mine = record.get(threading.get_ident())
+        if mine is not None:
+            return mine
+        if len(set(record.values())) == 1:
+            return next(iter(record.values()))
+        raise ReplayError(
+            "a forward is recomputed in backward and its adapter sets cannot be told"
+            f" ({len(record)} records): call the backbone itself, not parts of it, or run one"
+            " backward per thread"
+        )
+
+    def note(self, task: int, active: Active) -> None:
+        """Remember for this backward; autograd drops it when the backward ends."""
+        if task not in self._of:
+            while len(self._of) >= _MOST_RECORDS:
+                self._of.pop(next(iter(self._of)), None)
+            self._of[task] = {}
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: self.drop(task))
+        self._of[task][threading.get_ident()] = active
+
+    def drop(self, task: int) -> None:
+        """Forget an ended backward."""
+        self._of.pop(task, None)
+
+
+class Stamp:
+    """Forward hook of every module on the way to a slot: marks what its outputs came from."""
+
+    def __init__(self, drawer: Drawer) -> None:
+        self.drawer = drawer
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        nodes = [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
+        if nodes:
+            active, records = current(self.drawer), self.drawer.records
+            for node in nodes:
+                node.register_prehook(
+                    lambda grads: records.note(torch._C._current_graph_task_id(), active)
+                )
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from _tensors(value)

@@ -1,0 +1,148 @@
+"""The `polyadapt` command: core's own verbs, and one word for each domain.
+
+Nothing heavy is imported before a verb needs it, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+from .. import __version__
+from .errors import AdaptError
+
+Command = Callable[[list[str]], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `polyadapt WORD ...` and return its exit code; what the user did wrong is one line.
+
+    >>> main(["adapters", "inspect", "--bogus"])  # and on stderr what is wrong with it
+    2
+    """
+    try:
+        return _run(argv)
+    except AdaptError as error:
+        print(f"polyadapt: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("polyadapt: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    domains = {entry.name: entry for entry in metadata.entry_points(group="polyadapt.domains")}
+    parser = _root_parser(sorted(domains))
+    asked = parser.parse_args(argv)
+    if asked.word is None:
+        parser.print_help(sys.stderr)
+        return 2
+    words = {"adapters": _adapters} | {
+        name: _domain_command(name, entry) for name, entry in domains.items()
+    }
+    return _named(asked.word, words, "domain")(asked.rest)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line and not a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise AdaptError(f"{message}; `{self.prog} --help` lists what is allowed")
+
+
+def _root_parser(domains: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="polyadapt",
+        description="Specialise frozen backbones with small adapter sets.",
+        epilog=f"domains: {', '.join(domains) or 'none is installed'}. "
+        "`polyadapt adapters --help` and `polyadapt DOMAIN --help` list their verbs.",
+    )
+    parser.add_argument("--version", action="version", version=f"polyadapt {__version__}")
+    parser.add_argument(
+        "word", nargs="?", metavar="DOMAIN", help="a domain below, or `adapters` for files of sets"
+    )
+    # Whatever follows the word, options and --help included, is the domain's to read.
+    parser.add_argument(
+        "rest", nargs=argparse.REMAINDER, metavar="...", help="its verb, its options"
+    )
+    return parser
+
+
+def _domain_command(name: str, entry: metadata.EntryPoint) -> Command:
+    def command(rest: list[str]) -> int:
+        try:
+            domain: Command = entry.load()
+            return domain(rest)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("polyadapt"):
+                raise  # ours is missing: a bug, not an installation to complete
+            raise AdaptError(
+                f"the domain {name!r} needs the package {error.name!r}, which is not installed: "
+                f"pip install 'polyadapt[{name}]'"
+            ) from error
+
+    return command
+
+
+def _named(word: str, table: Mapping[str, Command], kind: str) -> Command:
+    if word in table:
+        return table[word]
+    near = difflib.get_close_matches(word, table, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ";"
+    raise AdaptError(f"unknown {kind} {word!r}{hint} allowed: {', '.join(sorted(table))}")
+
+
+def _adapters(argv: list[str]) -> int:
+    parser = _Parser(prog="polyadapt adapters", description="Look into adapter files and use them.")
+    parser.add_argument(
+        "verb",
+        metavar="VERB",
+        help="inspect: print what a file holds; "
+        "merge: write a backbone's weights with a set merged into them",
+    )
+    parser.add_argument(
+        "rest", nargs=argparse.REMAINDER, metavar="...", help="its file and options"
+    )
+    asked = parser.parse_args(argv)
+    return _named(asked.verb, {"inspect": _inspect, "merge": _merge}, "verb")(asked.rest)
+
+
+def _inspect(argv: list[str]) -> int:
+    parser = _Parser(
+        prog="polyadapt adapters inspect",
+        description="Print the method, the sites, the counts and the backbone of an adapter file.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="the adapter file")
+    asked = parser.parse_args(argv)
+    from .store import inspect_file
+
+    print(inspect_file(asked.file))
+    return 0
+
+
+def _merge(argv: list[str]) -> int:
+    parser = _Parser(
+        prog="polyadapt adapters merge",
+        description="Merge a set into a backbone's weights and write them to a new file.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="the adapter file")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        required=True,
+        metavar="BASE.safetensors",
+        help="the backbone's weights",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="OUT.safetensors", help="where the result goes"
+    )
+    asked = parser.parse_args(argv)
+    from .merge_file import merge_file
+
+    print(merge_file(asked.file, asked.base, asked.out))
+    return 0

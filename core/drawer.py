@@ -1,0 +1,166 @@
+"""Where a backbone keeps its adapter sets: a registered child named `polyadapt_drawer`.
+
+Being a child, `.to()`, DDP and optimisers see the adapters once. It hides from `state_dict` (the
+backbone's names stay its own), keeps adapters in fp32 through casts, and its forward is the
+identity for roots that call all their children.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .activation import Active, Records, Stamp
+from .errors import AdaptError
+
+if TYPE_CHECKING:
+    from .sets import AdapterSet
+    from .slots import OutputSlot, WeightSlot
+
+DRAWER = "polyadapt_drawer"
+_NAME = re.compile(r"[A-Za-z0-9_\-]+")
+
+
+class Drawer(nn.Module):
+    """Holds the sets of one backbone, their slots, and which sets act by default."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["backbone"] = backbone  # unregistered: the backbone is the parent
+        self.holder = nn.ModuleDict()  # keys are prefixed: ModuleDict refuses names like "pop"
+        self.default = Active()
+        self.records = Records()
+        self.slots: dict[tuple[str, str | None], WeightSlot | OutputSlot] = {}
+        self.stamped: dict[str, Any] = {}
+        self.trained = {n: p.requires_grad for n, p in backbone.named_parameters()}
+        self.kept: dict[tuple[str, str], tuple[str, nn.Parameter]] = {}
+        self.allow_cast = False
+        self.register_load_state_dict_post_hook(_forget_missing)  # type: ignore[no-untyped-call]
+
+    @property
+    def sets(self) -> dict[str, AdapterSet]:
+        """The attached sets by name."""
+        return {key.removeprefix("set_"): s for key, s in self.holder.items()}  # type: ignore[misc]
+
+    def checked(self, active: Active) -> Active:
+        """Refuse unknown names and what a merged set forbids; make trainable sets require grad."""
+        known = self.sets
+        asked = active.names if active.per_sample is None else active.per_sample
+        for name in dict.fromkeys(asked):
+            if name is not None and name not in known:
+                raise AdaptError(f"no adapter set is called {name!r}; attached: {sorted(known)}")
+        merged = {owner for owner, _ in self.kept.values()}
+        if merged and set(asked) != merged:
+            raise AdaptError(f"set {min(merged)!r} is merged into the weights: unmerge it first")
+        if len(active.names) > 1:
+            for name in active.names[1:]:
+                known[name].refuse_not_first(active.names[0])
+        for name in active.names if active.per_sample is None else set(asked) - {None}:
+            known[name or ""].require_grads()
+        return active
+
+    def forward(self, x: Any = None, *rest: Any) -> Any:
+        """The identity: a root that calls all its children must not notice."""
+        return x
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Nothing: adapters are saved by their sets, not with the backbone."""
+        return kwargs.get("destination", {})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_dtype(t: Tensor) -> Tensor:
+            new = fn(t)
+            return new if new.dtype == t.dtype or self.allow_cast else t.to(new.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Drawer:
+        import copy
+
+        if id(self.__dict__["backbone"]) not in memo:
+            raise AdaptError(
+                "copy the whole backbone: a part of it shares the adapters of the whole"
+            )
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return twin
+
+    def stamp(self, path: str) -> None:
+        """Stamp the outputs of every module from the root to `path`, each once."""
+        parts = path.split(".") if path else []
+        for n in range(len(parts) + 1):
+            above = ".".join(parts[:n])
+            if above not in self.stamped:
+                module = self.__dict__["backbone"].get_submodule(above)
+                self.stamped[above] = module.register_forward_hook(Stamp(self))
+
+    def unstamp(self) -> None:
+        """Take all stamps away."""
+        for handle in self.stamped.values():
+            handle.remove()
+        self.stamped.clear()
+
+
+def find_drawer(backbone: nn.Module) -> Drawer | None:
+    """The backbone's drawer, if it has one."""
+    drawer = backbone._modules.get(DRAWER)
+    return drawer if isinstance(drawer, Drawer) else None
+
+
+def drawer_of(backbone: nn.Module) -> Drawer:
+    """The backbone's drawer; refused when nothing is attached."""
+    drawer = find_drawer(backbone)
+    if drawer is None:
+        raise AdaptError(f"{type(backbone).__name__} has no adapter sets: attach or load one first")
+    return drawer
+
+
+def make_drawer(backbone: nn.Module) -> Drawer:
+    """The backbone's drawer, made and registered when it is the first."""
+    drawer = find_drawer(backbone)
+    if drawer is not None:
+        return drawer
+    if hasattr(backbone, DRAWER):
+        raise AdaptError(f"{type(backbone).__name__} already has something called {DRAWER}")
+    if isinstance(backbone, nn.ModuleList | nn.ModuleDict):
+        raise AdaptError(
+            f"attach to a module that is called, not to a bare {type(backbone).__name__}"
+        )
+    drawer = Drawer(backbone)
+    backbone.add_module(DRAWER, drawer)
+    return drawer
+
+
+def remove_drawer(drawer: Drawer) -> None:
+    """Take an empty drawer out of its backbone and give back the backbone's requires_grad flags."""
+    backbone: nn.Module = drawer.__dict__["backbone"]
+    drawer.unstamp()
+    del backbone._modules[DRAWER]
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(drawer.trained.get(name, parameter.requires_grad))
+
+
+def check_set_name(name: str, taken: dict[str, AdapterSet]) -> None:
+    """Names are letters, digits, _ and -, and new."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise AdaptError(f"a set's name has letters, digits, _ and - only, got {name!r}")
+    if name in taken:
+        raise AdaptError(f"a set called {name!r} is attached already; attached: {sorted(taken)}")
+
+
+def _forget_missing(module: nn.Module, incompatible: Any) -> None:
+    """Strict loading of a base checkpoint must not miss the adapters."""
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if DRAWER not in key.split(".")]
+
+
+def same_device(backbone: nn.Module) -> torch.device:
+    """Where new adapters go: the device of the backbone's first parameter."""
+    first = next(backbone.parameters(), None)
+    return torch.device("cpu") if first is None else first.device

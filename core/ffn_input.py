@@ -1,0 +1,55 @@
+"""The residual state that enters a transformer block's MLP branch, for adapters parallel to it.
+
+The branch begins with its norm (pre-norm blocks) or with the MLP (post-norm blocks, Swin V2): what
+the first of the two is called with is that state, in either layout.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SiteError
+
+# Children of a block that its MLP branch may begin with: timm, open_clip and GPT-2, whisper,
+# transformers' ViT and Whisper.
+_BRANCH = ("norm2", "mlp", "ln_2", "mlp_ln", "layernorm_after", "final_layer_norm", "fc1")
+
+
+class FFNInput:
+    """Catches the state during a block's call; one per adapted block."""
+
+    def __init__(self, block: nn.Module, path: str) -> None:
+        children = [child for name, child in block.named_children() if name in _BRANCH]
+        if not children:
+            names = ", ".join(name for name, _ in block.named_children())
+            raise SiteError(
+                f"{path} has no MLP branch that we know (one of {', '.join(_BRANCH)});"
+                f" its children: {names or 'none'}"
+            )
+        self._held: dict[int, Tensor] = {}
+        self._handles = [block.register_forward_pre_hook(self._begin, prepend=True)]
+        self._handles += [c.register_forward_pre_hook(self._catch, prepend=True) for c in children]
+
+    def take(self) -> Tensor | None:
+        """The state of the call that is ending, if its branch was called."""
+        return self._held.pop(_caller(), None)
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self._held.pop(_caller(), None)  # left behind by a call that raised
+
+    def _catch(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._held.setdefault(_caller(), args[0])
+
+
+def _caller() -> int:
+    # The compiler traces one thread and cannot ask for its number.
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

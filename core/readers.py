@@ -1,0 +1,85 @@
+"""Who reads a weight: the layer that is called with it, or an owner that uses the tensor directly.
+
+nn.MultiheadAttention, nn.TransformerEncoderLayer (eval), whisper's decoder (tied logits) and
+several timm models read `child.weight` without calling the child: a hook on the child would act on
+nothing. We look for such a read in the source of the ancestors' methods, which covers classes we
+have never seen; a needless hit only costs speed, a miss is what `probe=` finds.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from functools import cache
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .errors import SiteError
+
+if TYPE_CHECKING:
+    from .sites import SlotKind
+
+_NOT_FORWARD = re.compile(r"^(__init__|_?reset|_?init)")
+
+
+def reach(
+    model: nn.Module, path: str, module: nn.Module, parameter: str, kind: str
+) -> tuple[SlotKind, str, tuple[str, ...]]:
+    """(slot, why, paths of the readers) for one parameter."""
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise SiteError(f"{path} has max_norm, which writes into the frozen table at each call")
+    readers = [p for p in _ancestors(path) if _reads_inside(model, p, path, parameter)]
+    if readers:
+        owner = type(model.get_submodule(readers[0]))
+        inside = path[len(readers[0]) :].lstrip(".")
+        return "weight", f"{owner.__name__} reads {inside}.{parameter} itself", (path, *readers)
+    if kind == "parameter":
+        return "weight", f"{type(module).__name__} holds the parameter itself", (path,)
+    if getattr(module, "groups", 1) != 1:
+        return "weight", "a grouped convolution has no low-rank path of its own", (path,)
+    return "output", "the layer is called", ()
+
+
+def _reads_inside(model: nn.Module, ancestor: str, path: str, parameter: str) -> bool:
+    inside = path[len(ancestor) :].lstrip(".")
+    owner = type(model.get_submodule(ancestor))
+    return _reads(owner, f"{inside}.{parameter}")  # type: ignore[arg-type]  # classes hash
+
+
+def batch_axis_of(model: nn.Module, path: str) -> int:
+    """Where samples lie in what the module at `path` gets: 1 under `batch_first=False`, else 0."""
+    for ancestor_path in (path, *_ancestors(path)):
+        ancestor = model.get_submodule(ancestor_path)
+        for holder in (ancestor, *ancestor.children()):
+            if isinstance(getattr(holder, "batch_first", None), bool):
+                return 0 if holder.batch_first else 1
+    return 0
+
+
+def _ancestors(path: str) -> list[str]:
+    """Paths above `path`, nearest first, down to the root ''."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)]
+
+
+@cache
+def _reads(owner: type[nn.Module], attribute: str) -> bool:
+    wanted = re.compile(rf"\bself\.{re.escape(attribute)}\b")
+    return any(wanted.search(source) for source in _sources(owner))  # type: ignore[arg-type]
+
+
+@cache
+def _sources(owner: type[nn.Module]) -> tuple[str, ...]:
+    """Source of the methods that may run in a forward: not those that build or initialise."""
+    sources = []
+    for cls in owner.__mro__:
+        if cls is nn.Module:
+            break
+        for name, method in vars(cls).items():
+            if inspect.isfunction(method) and not _NOT_FORWARD.match(name):
+                try:
+                    sources.append(inspect.getsource(method))
+                except OSError:  # no source (built interactively): treated as not reading
+                    continue
+    return tuple(sources)

@@ -1,0 +1,278 @@
+"""Attach a recipe to a frozen backbone; what comes back is trained, saved, switched, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from .activation import wanted
+from .drawer import (
+    Drawer,
+    check_set_name,
+    drawer_of,
+    find_drawer,
+    make_drawer,
+    remove_drawer,
+    same_device,
+)
+from .errors import AdaptError, SiteError
+from .kinds import layer_at
+from .recipe import ActsOnOutput, ActsOnWeight, Adapter, Recipe
+from .sites import Site, Sites, select
+from .wiring import unwire, wire
+
+
+class AdapterSet(nn.Module):
+    """All adapters of one name on one backbone, in the order of their sites.
+
+    Made by `attach` and `load`. Printing it shows the sites and the counts.
+    """
+
+    def __init__(
+        self, name: str, recipe: Recipe, sites: Sites, adapters: Sequence[Adapter]
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.recipe = recipe
+        self.sites = sites
+        self.modules_in_order = nn.ModuleList(adapters)
+        self.trainable = True
+        self.extra: dict[str, Any] = {}
+        """JSON values that travel in the file: labels of a head, preprocessing, backbone name."""
+        self.head: dict[str, Tensor] = {}
+        """Tensors of a task's head that travel in the file."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The module that this set is attached to."""
+        if "drawer" not in self.__dict__:
+            raise AdaptError(f"set {self.name!r} is detached: attach or load it again")
+        backbone: nn.Module = self.__dict__["drawer"].__dict__["backbone"]
+        return backbone
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Site name -> adapter."""
+        return {s.name: a for s, a in zip(self.sites, self.modules_in_order, strict=True)}  # type: ignore[misc]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """Every tensor of the set under `site/parameter`."""
+        return {
+            f"{site}/{key}": tensor
+            for site, adapter in self.adapters.items()
+            for key, tensor in adapter.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Copy tensors in; every name and shape must fit, else nothing is changed."""
+        own = self.state_dict()
+        check_tensors(state, own, f"set {self.name!r}")
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(state[key])
+
+    def trainable_count(self) -> int:
+        """Numbers that an optimiser gets."""
+        return sum(p.numel() for p in self.parameters())
+
+    def stored_count(self) -> int:
+        """Numbers in the saved file (what inference needs)."""
+        return sum(
+            t.numel() for a in self.adapters.values() for t in a.deployed().state_dict().values()
+        )
+
+    def penalty(self) -> Tensor:
+        """The sum of the adapters' loss terms (0 when the method has none)."""
+        terms = [t for a in self.adapters.values() if (t := a.penalty()) is not None]
+        return torch.stack(terms).sum() if terms else torch.zeros(())
+
+    def after_step(self, step: int, total: int | None = None) -> None:
+        """Call after each optimiser step and before zero_grad."""
+        for adapter in self.adapters.values():
+            adapter.after_step(step, total)
+
+    def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Optimiser groups as the recipe wants them."""
+        return self.recipe.parameter_groups(self.adapters, lr, weight_decay)
+
+    def report(self) -> str:
+        """Sites, slots and counts as a table."""
+        counts = f"{self.trainable_count():,} trainable, {self.stored_count():,} stored"
+        head = f"{self.name}: {self.recipe}, {len(self.sites)} sites, {counts}"
+        return f"{head}\n{self.sites}" if self.sites else head
+
+    def __repr__(self) -> str:
+        return self.report()
+
+    def save(self, path: str | Path, *, training_state: bool = False) -> None:
+        """Write one self-sufficient file; see `store.save`."""
+        from .store import save
+
+        save(self, path, training_state=training_state)
+
+    def merge(self) -> None:
+        """Write W' into new parameters of the backbone; `unmerge` gives the old ones back."""
+        from .merge import merge
+
+        merge(self)
+
+    def unmerge(self) -> None:
+        """Undo `merge`, bit for bit."""
+        from .merge import unmerge
+
+        unmerge(self)
+
+    def detach(self) -> None:
+        """Take the set out; after the last one the backbone is as it was before."""
+        detach(self)
+
+    def freeze(self) -> None:
+        """No tensor of this set requires grad any more."""
+        self.trainable = False
+        self.requires_grad_(False)
+
+    def require_grads(self) -> None:
+        """Active sets require grad, unless frozen."""
+        if self.trainable:
+            for parameter in self.parameters():
+                if not parameter.requires_grad:
+                    parameter.requires_grad_(True)
+
+    def refuse_not_first(self, first: str) -> None:
+        """Some methods read the frozen weight and cannot act on top of another set."""
+        if any(adapter.needs_first for adapter in self.adapters.values()):
+            method = type(self.recipe).__name__
+            raise AdaptError(
+                f"set {self.name!r} ({method}) reads the frozen weights: name it before {first!r}"
+            )
+
+
+def attach(
+    model: nn.Module,
+    recipe: Recipe,
+    at: str | Iterable[str] | Sites | None = None,
+    name: str = "default",
+    *,
+    probe: Tensor | Callable[[], Any] | None = None,
+    generator: Generator | None = None,
+) -> AdapterSet:
+    """Freeze `model`, put an adapter on each site of `at`, and make the set the default.
+
+    `at` is a pattern, several, or the result of `select`; without it the method's own sites.
+    `probe` (a batch, or a callable that runs a forward and returns its output) proves by one
+    backward that every adapter acts. Nothing is changed when anything is refused.
+
+    >>> from polyadapt.core import LoRA, attach
+    >>> model = nn.Sequential(nn.Linear(8, 8))
+    >>> attach(model, LoRA(rank=2), at="0").trainable_count()
+    32
+    """
+    if not isinstance(recipe, Recipe):
+        raise AdaptError(f"recipe must be a method such as LoRA(rank=8), got {recipe!r}")
+    sites = select(model, recipe.default_at(model) if at is None else at)
+    made = build_set(model, recipe, sites, name, generator)
+    install(model, made)
+    if probe is not None:
+        from .probe import prove
+
+        try:
+            prove(made, probe)
+        except BaseException:
+            detach(made)
+            raise
+    return made
+
+
+def switch(backbone: nn.Module, names: str | Sequence[str] | None) -> None:
+    """Change which sets act outside of any `activate`; the others stop requiring grad."""
+    drawer = drawer_of(backbone)
+    drawer.default = drawer.checked(wanted(names))
+    for name, idle in drawer.sets.items():
+        if name not in drawer.default.names:
+            idle.requires_grad_(False)
+
+
+def sets_of(backbone: nn.Module) -> dict[str, AdapterSet]:
+    """The sets attached to a backbone, by name."""
+    drawer = find_drawer(backbone)
+    return {} if drawer is None else drawer.sets
+
+
+def detach(adapter_set: AdapterSet) -> None:
+    """Take one set out of its backbone."""
+    backbone = adapter_set.backbone
+    drawer: Drawer = adapter_set.__dict__["drawer"]
+    if any(owner == adapter_set.name for owner, _ in drawer.kept.values()):
+        adapter_set.unmerge()
+    unwire(drawer, adapter_set)
+    del drawer.holder[f"set_{adapter_set.name}"]
+    del adapter_set.__dict__["drawer"]
+    if drawer.sets:
+        switch(backbone, [n for n in drawer.default.names if n != adapter_set.name])
+    else:
+        remove_drawer(drawer)
+
+
+def _build(model: nn.Module, recipe: Recipe, site: Site, generator: Generator | None) -> Adapter:
+    layer = layer_at(model, site)
+    weight = None if site.parameter is None else layer.matrix().detach()
+    adapter = recipe.build(site, weight, generator)
+    wanted_slot = ActsOnWeight if site.slot == "weight" else ActsOnOutput
+    if not isinstance(adapter, wanted_slot) and not (
+        site.slot == "output" and isinstance(adapter, ActsOnWeight) and site.kind != "block"
+    ):
+        raise SiteError(
+            f"{type(recipe).__name__} cannot act on {site.name}: {site.why}, so the method needs a"
+            f" {site.slot} form; methods with one act there (LoRA, DoRA), or choose other sites"
+        )
+    return adapter
+
+
+def build_set(
+    model: nn.Module, recipe: Recipe, sites: Sites, name: str, generator: Generator | None
+) -> AdapterSet:
+    """The adapters of a set, not yet in any slot: the model is only read."""
+    check_set_name(name, sets_of(model))
+    recipe.check(sites)
+    adapters = [_build(model, recipe, site, generator) for site in sites]
+    return AdapterSet(name, recipe, sites, adapters).to(same_device(model))
+
+
+def install(backbone: nn.Module, made: AdapterSet) -> None:
+    """Freeze the backbone, put the set into slots and make it the default."""
+    existing = find_drawer(backbone)
+    if existing is not None and existing.kept:
+        raise AdaptError("a set is merged into the weights: unmerge it before attaching another")
+    drawer = make_drawer(backbone)
+    try:
+        wire(drawer, made)
+    except SiteError:
+        if not drawer.sets:
+            remove_drawer(drawer)
+        raise
+    for name, parameter in backbone.named_parameters():
+        if not name.startswith("polyadapt_drawer."):
+            parameter.requires_grad_(False)
+    drawer.holder[f"set_{made.name}"] = made
+    made.__dict__["drawer"] = drawer
+    switch(backbone, made.name)
+
+
+def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+    """Names and shapes are exactly those wanted, and every number is finite."""
+    for key in wanted:
+        if key not in found:
+            raise AdaptError(f"{what}: tensor {key!r} is missing")
+    for key, tensor in found.items():
+        if key not in wanted:
+            raise AdaptError(f"{what}: tensor {key!r} does not belong to it")
+        if tensor.shape != wanted[key].shape:
+            raise AdaptError(
+                f"{what}: {key!r} is {list(tensor.shape)}, expected {list(wanted[key].shape)}"
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise AdaptError(f"{what}: {key!r} holds NaN or infinity")

@@ -1,0 +1,213 @@
+"""Resolve a pattern against a backbone before anything is attached, and print the result."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from .errors import SiteError
+from .kinds import is_called_layer, kind_of, parts_of, width_of
+from .patterns import Pattern, parse
+from .readers import reach
+
+SlotKind = Literal["weight", "output"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in a backbone that an adapter can sit on."""
+
+    path: str
+    parameter: str | None
+    part: str | None
+    rows: tuple[int, int] | None
+    kind: str
+    shape: tuple[int, ...]
+    slot: SlotKind
+    why: str
+    readers: tuple[str, ...] = ()
+    """Paths of the modules whose call reads the weight (a WeightSlot works once per such call)."""
+
+    @property
+    def name(self) -> str:
+        """`blocks.0.attn.qkv[q]`: how patterns, tables and adapter files call this site."""
+        plain = self.parameter is None or (self.parameter == "weight" and self.kind != "parameter")
+        path = self.path if plain else f"{self.path}.{self.parameter}".lstrip(".")
+        return path if self.part is None else f"{path}[{self.part}]"
+
+
+class Sites(tuple[Site, ...]):
+    """The resolved sites of a pattern, in the order of the backbone; printing shows a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        rows = [("site", "shape", "kind", "slot", "why")]
+        rows += [(s.name, "x".join(map(str, s.shape)), s.kind, s.slot, s.why) for s in self]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(row, (*widths, 0), strict=True)) for row in rows
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def select(
+    model: nn.Module, at: str | Iterable[str] | Sites, slot: SlotKind | None = None
+) -> Sites:
+    """The sites of `model` that a pattern, or several, name; see `patterns` for the language.
+
+    `slot` overrides how the sites are reached (for layers that are called, both ways work).
+    Raises `SiteError` for a pattern that finds nothing (with the nearest names), a weight that is
+    named twice, a tied weight, and a part that the layer does not have.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> print(select(model, "{0,2}"))
+    site  shape  kind    slot    why
+    0     4x4    linear  output  the layer is called
+    2     2x4    linear  output  the layer is called
+    """
+    if isinstance(at, Sites):
+        return at
+    texts = [at] if isinstance(at, str) else list(at)
+    names = _Names(model)
+    found = [site for text in texts for site in _resolve(names, text)]
+    _refuse_repeated(found)
+    _refuse_tied(model, found)
+    if slot is not None:
+        found = [_with_slot(site, slot) for site in found]
+    return Sites(found)
+
+
+class _Names:
+    """Every module and parameter path of a backbone, without polyadapt's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from .drawer import DRAWER
+
+        named = [(n, m) for n, m in model.named_modules() if n.split(".")[0] != DRAWER]
+        self.model = model
+        self.modules = dict(named)
+        self.parameters = {
+            f"{path}.{name}".lstrip("."): (path, name)
+            for path, module in named
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
+
+    def matching(self, pattern: Pattern) -> list[tuple[str, str | None]]:
+        """(module path, parameter or None) of all modules, else all parameters, that match."""
+        for tail in (False, True):
+            fits = pattern.matcher(tail).fullmatch
+            parameters = [whole for whole in self.parameters if fits(whole)]
+            modules = [
+                path for path, m in self.modules.items() if path and fits(path) and _holds(m)
+            ]
+            if modules and not pattern.path.endswith("**"):  # a last `**` means every parameter
+                return [(path, None) for path in modules]
+            if parameters:
+                return [self.parameters[whole] for whole in parameters]
+        return []
+
+    def nearest(self, path: str) -> str:
+        known = [*self.modules, *self.parameters]
+        shapes = {re.sub(r"(?<=\.)\d+(?=\.|$)", "*", n): None for n in known if n}
+        near = difflib.get_close_matches(path, shapes, n=3, cutoff=0.3)
+        tails = [s for s in shapes if s.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
+        return ", ".join(dict.fromkeys([*near, *tails[:2]])) or "none"
+
+
+def _holds(module: nn.Module) -> bool:
+    """Wildcards pass over modules without a parameter (dropout, activations)."""
+    return next(module.parameters(), None) is not None
+
+
+def _resolve(names: _Names, text: str) -> list[Site]:
+    patterns = parse(text)
+    found: dict[str, Site] = {}
+    fruitful: set[str] = set()
+    for pattern in patterns:
+        hits = names.matching(pattern)
+        if hits:
+            fruitful.update(pattern.choices)
+        for path, parameter in hits:
+            for site in _sites_at(names, path, parameter, pattern):
+                found.setdefault(site.name, site)
+    for pattern in patterns:
+        if not found or not fruitful.issuperset(pattern.choices):
+            raise SiteError(
+                f"pattern {text!r}: nothing in {type(names.model).__name__} is called"
+                f" {pattern.path!r}; nearest: {names.nearest(pattern.path)}"
+            )
+    return list(found.values())
+
+
+def _sites_at(names: _Names, path: str, parameter: str | None, pattern: Pattern) -> list[Site]:
+    module = names.modules[path]
+    if parameter is None and is_called_layer(module):
+        parameter = "weight"
+    kind = kind_of(module, parameter)
+    if parameter is None:
+        if pattern.parts:
+            raise SiteError(f"pattern {pattern.text!r}: {path} is a whole module and has no parts")
+        return [_block_site(path, module)]
+    slot, why, readers = reach(names.model, path, module, parameter, kind)
+    base = Site(path, parameter, None, None, kind, (), slot, why, readers)
+    return [
+        replace(base, part=part, rows=rows, shape=shape)
+        for part, rows, shape in parts_of(module, path, parameter, kind, pattern)
+    ]
+
+
+def _block_site(path: str, module: nn.Module) -> Site:
+    width = width_of(module)
+    if width is None:
+        raise SiteError(f"{path} ({type(module).__name__}) has no weight to tell its width")
+    return Site(path, None, None, None, "block", (width,), "output", "a whole module")
+
+
+def _with_slot(site: Site, slot: SlotKind) -> Site:
+    if slot == site.slot:
+        return site
+    if slot == "output" or site.kind == "block":
+        raise SiteError(f"{site.name} can only take the {site.slot} slot: {site.why}")
+    return replace(site, slot=slot, why="asked for", readers=(site.path,))
+
+
+def _refuse_repeated(sites: Sequence[Site]) -> None:
+    taken: dict[tuple[str, str | None], list[Site]] = {}
+    for site in sites:
+        others = taken.setdefault((site.path, site.parameter), [])
+        for other in others:
+            if _overlap(site.rows, other.rows):
+                raise SiteError(f"{site.name} names the same weight as {other.name}: leave one out")
+        others.append(site)
+
+
+def _overlap(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
+    return a is None or b is None or (a[0] < b[1] and b[0] < a[1])
+
+
+def _refuse_tied(model: nn.Module, sites: Sequence[Site]) -> None:
+    """A weight held under two names: adapting one would change both, or split them."""
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        key = parameter.data_ptr() or id(parameter)  # meta tensors all have pointer 0
+        if parameter.numel():
+            holders.setdefault(key, []).append(name)
+    for site in sites:
+        if site.parameter is None:
+            continue
+        stored = model.get_submodule(site.path)._parameters[site.parameter]
+        assert stored is not None, "a resolved site has its parameter"
+        names = holders.get(stored.data_ptr() or id(stored), [])
+        if len(names) > 1:
+            raise SiteError(
+                f"{site.name} is tied: the backbone holds one weight as {' and '.join(names)};"
+                " adapt an untied weight, or untie it first"
+            )

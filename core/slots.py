@@ -1,0 +1,177 @@
+"""How an adapter reaches its layer. Users never see a slot.
+
+WeightSlot: whoever reads `layer.weight` gets W'. OutputSlot: a forward hook that changes what the
+layer returns. Both hold the adapters of all sets at one parameter or module and ask which act.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .activation import Active, current
+from .drawer import Drawer
+from .errors import AdaptError
+from .ffn_input import FFNInput
+from .inject import frame
+from .layers import FrozenLayer, Rows, replace_rows
+from .mixing import check_batch, groups
+from .recipe import ActsOnOutput, ActsOnWeight, Adapter
+
+Piece = tuple[FrozenLayer, Adapter]
+
+
+class _Slot:
+    """The adapters of all sets at one place: set name -> [(layer rows, adapter), ...]."""
+
+    def __init__(self, drawer: Drawer, path: str, batch_axis: int) -> None:
+        self.drawer = drawer
+        self.path = path
+        self.batch_axis = batch_axis
+        self.adapters: dict[str, list[Piece]] = {}
+
+    def acting(self, active: Active) -> list[str]:
+        """The names that act here, in order; merged sets are in the weights already."""
+        merged = {owner for owner, _ in self.drawer.kept.values()}
+        return [n for n in active.names if n in self.adapters and n not in merged]
+
+
+class WeightSlot(_Slot):
+    """What reads of one parameter return."""
+
+    readers: Sequence[nn.Module] = ()  # modules whose call reads the weight
+
+    def __init__(self, drawer: Drawer, path: str, batch_axis: int, layer: FrozenLayer) -> None:
+        super().__init__(drawer, path, batch_axis)
+        self.layer = layer
+
+    def read(self) -> Tensor:
+        """W' of the sets that act, the stored parameter itself when none does."""
+        active = current(self.drawer)
+        if active.per_sample is not None:
+            if not groups(active.per_sample, tuple(self.adapters)):
+                return self.layer.stored
+            raise AdaptError(
+                f"{self.path}.{self.layer.parameter} is read outside the call of the layer that"
+                " owns it, where one name per sample cannot act"
+            )
+        names = tuple(self.acting(active))
+        if not names:
+            return self.layer.stored
+        memo = frame()
+        if memo is None:
+            return self.adapted(names)
+        key = (id(self), names, *_modes())
+        if key not in memo:
+            memo[key] = self.adapted(names)
+        return memo[key]
+
+    def adapted(self, names: Sequence[str]) -> Tensor:
+        """The stored parameter with these sets applied one after another."""
+        weight: Tensor = self.layer.stored
+        for name in names:
+            weight = apply_weights(weight, self.adapters[name])
+        return weight
+
+
+def apply_weights(stored: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    """A parameter in its stored layout -> the same with each adapter's rows replaced by W'."""
+    first = pieces[0][0]
+    parts: list[tuple[Rows, Tensor]] = []
+    for layer, adapter in pieces:
+        assert isinstance(adapter, ActsOnWeight), "attach chooses the slot"
+        new = adapter.weight(layer.matrix(stored))
+        if layer.rows is None:
+            return layer.as_stored(new, stored)
+        parts.append((layer.rows, new))
+    return first.as_stored(replace_rows(first.as_matrix(stored), parts), stored)
+
+
+def _modes() -> tuple[Any, ...]:
+    """A value made without grad, or under another autocast, is not the same value."""
+    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    dtypes = torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast, *dtypes
+
+
+class OutputSlot(_Slot):
+    """Forward hook of one module: its output, with the acting adapters applied."""
+
+    handle: RemovableHandle
+    ffn: FFNInput | None = None  # set when an adapter wants the state that enters the MLP branch
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        active = current(self.drawer)
+        ffn = None if self.ffn is None else self.ffn.take()
+        if active.per_sample is None:
+            names = self.acting(active)
+        else:
+            names = [n for n in self.adapters if n in active.per_sample]
+        if not names:
+            return None  # torch keeps the very tensor
+        x, y = self._tensor(args, kwargs), _first_tensor(output, self.path)
+        if active.per_sample is None:
+            for name in names:
+                y = self._apply(name, x, ffn, y)
+        else:
+            y = self._mixed(active.per_sample, x, ffn, y)
+        return _with_first_tensor(output, y)
+
+    def _mixed(
+        self, per_sample: Sequence[str | None], x: Tensor, ffn: Tensor | None, y: Tensor
+    ) -> Tensor:
+        axis = self.batch_axis
+        check_batch(y.shape[axis], per_sample, self.path)
+        for name, rows in groups(per_sample, tuple(self.adapters)).items():
+            index = torch.tensor(rows, device=y.device)
+            own_ffn = None if ffn is None else ffn.index_select(axis, index)
+            own = self._apply(
+                name, x.index_select(axis, index), own_ffn, y.index_select(axis, index)
+            )
+            y = y.index_copy(axis, index, own)
+        return y
+
+    def _apply(self, name: str, x: Tensor, ffn: Tensor | None, y: Tensor) -> Tensor:
+        parts: list[tuple[Rows, Tensor]] = []
+        axis = self.adapters[name][0][0].channel_axis
+        for layer, adapter in self.adapters[name]:
+            assert isinstance(adapter, ActsOnOutput), "attach chooses the slot"
+            given = x if adapter.input == "layer" else self._state(ffn)
+            if layer.rows is None:
+                return adapter.output(given, y, layer)
+            start, stop = layer.rows
+            part = y.narrow(axis, start, stop - start)
+            parts.append((layer.rows, adapter.output(given, part, layer)))
+        return replace_rows(y, parts, axis)
+
+    def _state(self, ffn: Tensor | None) -> Tensor:
+        if ffn is None:
+            raise AdaptError(
+                f"{self.path}: its MLP branch was not called, so it has no input to adapt"
+            )
+        return ffn
+
+    def _tensor(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                return value
+        raise AdaptError(f"{self.path} was called without a tensor")
+
+
+def _first_tensor(output: Any, path: str) -> Tensor:
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(first, Tensor):
+        raise AdaptError(f"{path} returns {type(output).__name__}: its first item must be a tensor")
+    return first
+
+
+def _with_first_tensor(output: Any, y: Tensor) -> Any:
+    if isinstance(output, tuple | list):
+        return type(output)((y, *output[1:]))
+    return y

@@ -1,0 +1,220 @@
+"""The adapter file: one self-sufficient safetensors file per set."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import container
+from .errors import AdaptError, SiteError, StoreError
+from .fingerprint import fingerprint
+from .recipe import Recipe
+from .sets import AdapterSet, build_set, check_tensors, install
+from .sites import Site, Sites, select
+
+FORMAT = 1
+_HEAD = "head/"
+_SITE_FIELDS = ("path", "parameter", "part", "rows", "kind", "shape", "slot")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a file holds, read and checked, not yet attached."""
+
+    name: str
+    recipe: Recipe
+    sites: Sites
+    tensors: dict[str, Tensor]
+    fingerprint: dict[str, str]
+    head: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    backbone_class: str = ""
+
+
+def save(adapter_set: AdapterSet, path: str | Path, *, training_state: bool = False) -> None:
+    """Write a set with its recipe, sites, the backbone's fingerprint, head and extras.
+
+    What inference needs is stored; `training_state=True` keeps what only training needs (MoSA's
+    experts). The file is written beside its place and renamed, so it is whole or not there.
+    """
+    pairs = zip(adapter_set.sites, adapter_set.adapters.values(), strict=True)
+    chosen = [(s, a if training_state else a.deployed()) for s, a in pairs]
+    tensors = {f"{s.name}/{k}": t for s, a in chosen for k, t in a.state_dict().items()}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise StoreError(f"set {adapter_set.name!r} is not saved: {name} holds NaN or infinity")
+    recipe = adapter_set.recipe if training_state else adapter_set.recipe.deployed()
+    backbone = adapter_set.backbone
+    record = {
+        "format": FORMAT,
+        "name": adapter_set.name,
+        "recipe": recipe.to_json(),
+        "sites": [{f: getattr(site, f) for f in _SITE_FIELDS} for site in adapter_set.sites],
+        "fingerprint": fingerprint(backbone, adapter_set.sites),
+        "backbone_class": f"{type(backbone).__module__}.{type(backbone).__qualname__}",
+        "versions": _versions(backbone),
+        "extra": adapter_set.extra,
+    }
+    heads = {_HEAD + key: tensor for key, tensor in adapter_set.head.items()}
+    container.write(Path(path), record, {**tensors, **heads})
+
+
+def read_file(path: str | Path) -> AdapterFile:
+    """Read and check a file without a backbone. Raises `StoreError` naming what is wrong."""
+    path = Path(path)
+    record, tensors = container.read(path)
+    if record.get("format") != FORMAT:
+        raise StoreError(f"{path} has format {record.get('format')!r}; this version reads {FORMAT}")
+    try:
+        sites = Sites(_site(entry) for entry in record["sites"])
+        found = AdapterFile(
+            name=str(record["name"]),
+            recipe=Recipe.from_json(record["recipe"]),
+            sites=sites,
+            tensors={k: t for k, t in tensors.items() if not k.startswith(_HEAD)},
+            fingerprint=dict(record["fingerprint"]),
+            head={k.removeprefix(_HEAD): t for k, t in tensors.items() if k.startswith(_HEAD)},
+            extra=dict(record["extra"]),
+            versions=dict(record["versions"]),
+            backbone_class=str(record["backbone_class"]),
+        )
+    except StoreError:
+        raise
+    except AdaptError as error:
+        raise StoreError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path} is damaged: its record lacks or misstates {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise StoreError(f"{path} is refused: {name} holds NaN or infinity")
+    return found
+
+
+def load(
+    backbone: nn.Module,
+    path: str | Path,
+    name: str | None = None,
+    *,
+    trainable: bool = False,
+    strict: bool = True,
+) -> AdapterSet:
+    """Attach the set of a file to a backbone and make it the default.
+
+    The backbone must be the one the set was made on: same sites, shapes and frozen weights, by
+    digest; `strict=False` lets other weight values (a cast, a fine-tuned copy) pass with a warning.
+    Nothing is changed when anything is refused.
+    """
+    file = read_file(path)
+    sites = _fitted(backbone, file, path)
+    _check_fingerprint(backbone, file, sites, path, strict)
+    # Own generator: loading must not move the caller's random state.
+    made = build_set(
+        backbone, file.recipe, sites, name or file.name, torch.Generator().manual_seed(0)
+    )
+    try:
+        check_tensors(file.tensors, made.state_dict(), str(path))
+    except AdaptError as error:
+        raise StoreError(str(error)) from error
+    made.load_state_dict(file.tensors)
+    made.head, made.extra = file.head, file.extra
+    if not trainable:
+        made.freeze()
+    install(backbone, made)
+    return made
+
+
+def inspect_file(path: str | Path) -> str:
+    """What a file holds, as text."""
+    file = read_file(path)
+    count = sum(t.numel() for t in file.tensors.values())
+    size = sum(t.numel() * t.element_size() for t in file.tensors.values())
+    lines = [
+        f"{path}: set {file.name!r}, {file.recipe}",
+        f"backbone: {file.backbone_class}, {len(file.fingerprint)} frozen weights fingerprinted",
+        f"{count:,} numbers, {size:,} bytes in {len(file.tensors)} tensors",
+        f"head: {_shapes(file.head)}",
+        f"versions: {', '.join(f'{k} {v}' for k, v in sorted(file.versions.items()))}",
+        *(f"{key}: {value}" for key, value in sorted(file.extra.items())),
+    ]
+    return "\n".join([*lines, str(file.sites)] if file.sites else lines)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{k} {list(t.shape)}" for k, t in tensors.items()) or "none"
+
+
+def _site(entry: Mapping[str, Any]) -> Site:
+    rows = entry["rows"]
+    return Site(
+        path=entry["path"],
+        parameter=entry["parameter"],
+        part=entry["part"],
+        rows=None if rows is None else (int(rows[0]), int(rows[1])),
+        kind=entry["kind"],
+        shape=tuple(int(n) for n in entry["shape"]),
+        slot=entry["slot"],
+        why="as saved",
+    )
+
+
+def _fitted(backbone: nn.Module, file: AdapterFile, path: str | Path) -> Sites:
+    """The file's sites on this backbone, exactly."""
+    try:
+        found = select(backbone, [site.name for site in file.sites])
+    except SiteError as error:
+        raise StoreError(
+            f"{path} is for another backbone ({file.backbone_class}): {error}"
+        ) from error
+    for saved, here in zip(file.sites, found, strict=False):
+        if (saved.name, saved.shape, saved.rows) != (here.name, here.shape, here.rows):
+            raise StoreError(
+                f"{path} is for another backbone ({file.backbone_class}): it wants {saved.name}"
+                f" {list(saved.shape)}, this {type(backbone).__name__} has {here.name}"
+                f" {list(here.shape)}"
+            )
+    forced = [
+        h if s.slot == h.slot else select(backbone, h.name, slot=s.slot)[0]
+        for s, h in zip(file.sites, found, strict=True)
+    ]
+    return Sites(forced)
+
+
+def _check_fingerprint(
+    backbone: nn.Module, file: AdapterFile, sites: Sites, path: str | Path, strict: bool
+) -> None:
+    here = fingerprint(backbone, sites)
+    missing = sorted(set(here) ^ set(file.fingerprint))
+    if missing:
+        raise StoreError(
+            f"{path} is for another backbone ({file.backbone_class}): {missing[0]} is not in both"
+        )
+    other = [name for name in here if here[name] != file.fingerprint[name]]
+    if not other:
+        return
+    message = (
+        f"{path} was made on other weights: {len(other)} of {len(here)} frozen weights differ,"
+        f" first {other[0]}"
+    )
+    if strict:
+        raise StoreError(f"{message}; load the backbone it was made on, or pass strict=False")
+    warnings.warn(message, stacklevel=3)
+
+
+def _versions(backbone: nn.Module) -> dict[str, str]:
+    maker = type(backbone).__module__.split(".")[0]
+    found = {"python": ".".join(map(str, sys.version_info[:3])), "torch": str(torch.__version__)}
+    for package in ("polyadapt", maker):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
