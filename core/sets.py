@@ -239,7 +239,8 @@ def build_set(
     check_set_name(name, sets_of(model))
     recipe.check(sites)
     adapters = [_build(model, recipe, site, generator) for site in sites]
-    return AdapterSet(name, recipe, sites, adapters).to(same_device(model))
+    made = AdapterSet(name, recipe, sites, adapters).to(same_device(model))
+    return made.train(model.training)
 
 
 def install(backbone: nn.Module, made: AdapterSet) -> None:

@@ -1,0 +1,59 @@
+"""What every test relies on: this checkout as `polyadapt`, fixed threads and seeds, the data."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The order of a sum depends on the number of threads, so tests that compare bits fix it. Two is
+# the smallest number that runs the parallel code paths. Processes that a test starts inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+# No test may depend on a network or a display.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+def _use_this_checkout() -> None:
+    """Let `import polyadapt` find this checkout, here and in processes that a test starts."""
+    spec = importlib.util.find_spec("polyadapt")
+    if spec and spec.origin and Path(spec.origin).resolve() == ROOT / "__init__.py":
+        return
+    # Not installed, or another checkout is: the folder's name is free, so go through a link.
+    link = ROOT / ".link" / "polyadapt"
+    link.parent.mkdir(exist_ok=True)
+    if not link.exists():
+        link.symlink_to("..", target_is_directory=True)
+    sys.path.insert(0, str(link.parent))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(link.parent), os.environ.get("PYTHONPATH")])
+    )
+
+
+_use_this_checkout()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Start every test from the same random state, whichever tests ran before it."""
+    import numpy
+    import torch
+
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with the small data sets; a test that needs it is skipped where it is absent."""
+    folder = Path(os.environ.get("POLYADAPT_SHARED_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"needs the data folder {folder}; POLYADAPT_SHARED_DATA can name another")
+    return folder
