@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from .errors import AdaptError, ReplayError
 
 if TYPE_CHECKING:
+    from torch.autograd.graph import Node
+
     from .drawer import Drawer
 
 
@@ -32,6 +34,7 @@ class Active:
     per_sample: tuple[str | None, ...] | None = None
 
 
+_threads = threading.local()
 # One entry per backbone (by the identity of its drawer): contexts of several models may nest.
 _OVERRIDES: ContextVar[tuple[tuple[int, Active], ...]] = ContextVar("overrides", default=())
 # What a WeightSlot imposes while it runs its reader once per set; stronger than a replay.
@@ -118,11 +121,25 @@ def _last(entries: tuple[tuple[int, Active], ...], drawer: Drawer) -> Active | N
     return None
 
 
+@dataclass
+class _Backward:
+    """What one running backward has met."""
+
+    here: dict[int, Active] = field(default_factory=dict)  # by executing thread: the last stamp
+    forwards: set[tuple[object, Active]] = field(default_factory=set)  # (thread, sets) of forwards
+
+    @property
+    def mixed(self) -> bool:
+        """Forwards of several threads under different sets: autograd may interleave them."""
+        threads = {thread for thread, _ in self.forwards}
+        return len(threads) > 1 and len({active for _, active in self.forwards}) > 1
+
+
 class Records:
-    """By running backward (autograd's graph task) and thread: the sets of the forward behind."""
+    """By running backward (autograd's graph task): the sets of the forward behind it."""
 
     def __init__(self) -> None:
-        self._of: dict[int, dict[int, Active]] = {}
+        self._of: dict[int, _Backward] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Records:
         return Records()
@@ -132,27 +149,28 @@ class Records:
 
     def of(self, task: int) -> Active:
         """The record of a running backward; refused when it cannot be told."""
-        record = self._of.get(task, {})
-        mine = record.get(threading.get_ident())
-        if mine is not None:
-            return mine
-        if len(set(record.values())) == 1:
-            return next(iter(record.values()))
+        record = self._of.get(task, _Backward())
+        mine = record.here.get(threading.get_ident())
+        found = set(record.here.values()) if mine is None else {mine}
+        if len(found) == 1 and not record.mixed:
+            return found.pop()
         raise ReplayError(
             "a forward is recomputed in backward and its adapter sets cannot be told"
-            f" ({len(record)} records): call the backbone itself, not parts of it, or run one"
-            " backward per thread"
+            f" ({len(record.forwards)} records): call the backbone itself, not parts of it, and"
+            " run one backward per forward thread"
         )
 
-    def note(self, task: int, active: Active) -> None:
+    def note(self, task: int, active: Active, forward_thread: object) -> None:
         """Remember for this backward; autograd drops it when the backward ends."""
         if task not in self._of:
             while len(self._of) >= _MOST_RECORDS:
                 self._of.pop(next(iter(self._of)), None)
-            self._of[task] = {}
+            self._of[task] = _Backward()
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(lambda: self.drop(task))
-        self._of[task][threading.get_ident()] = active
+        record = self._of[task]
+        record.here[threading.get_ident()] = active
+        record.forwards.add((forward_thread, active))
 
     def drop(self, task: int) -> None:
         """Forget an ended backward."""
@@ -168,13 +186,25 @@ class Stamp:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        nodes = [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
-        if nodes:
-            active, records = current(self.drawer), self.drawer.records
-            for node in nodes:
-                node.register_prehook(
-                    lambda grads: records.note(torch._C._current_graph_task_id(), active)
-                )
+        for t in _tensors(output):
+            if t.grad_fn is not None:
+                self._mark(t.grad_fn)
+
+    def _mark(self, node: Node) -> None:
+        key = "polyadapt", id(self.drawer)
+        if key in node.metadata:  # a skipped block returns what another forward made: that one's
+            return
+        active, records, thread = current(self.drawer), self.drawer.records, _this_thread()
+        node.metadata[key] = active
+        node.register_prehook(
+            lambda grads: records.note(torch._C._current_graph_task_id(), active, thread)
+        )
+
+
+def _this_thread() -> object:
+    """What stands for this thread: its number may be used again once it has ended."""
+    token: object = _threads.__dict__.setdefault("token", object())
+    return token
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

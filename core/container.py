@@ -7,18 +7,21 @@ refusal is one line.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from .errors import StoreError
 
 _LONGEST_HEADER = 64 << 20
+_MOST_DIMS = 64  # torch's own limit
 _BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -32,11 +35,14 @@ def write(path: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     from safetensors.torch import save
 
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in sorted(tensors.items())}
-    text = json.dumps(record, sort_keys=True, allow_nan=False)
+    try:
+        text = json.dumps(record, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StoreError(f"cannot write {path}: its record is not JSON: {error}") from error
     unsigned = save(plain, {"polyadapt": text})
-    header, data = _split(unsigned, str(path))
-    signed = save(plain, {"polyadapt": text, "digest": _digest(text, header, data)})
-    write_atomically(path, signed)
+    header, start = _header(io.BytesIO(unsigned), path)
+    digest = _digest(text, header, memoryview(unsigned)[start:])
+    write_atomically(path, save(plain, {"polyadapt": text, "digest": digest}))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -64,73 +70,90 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(record, tensors) of an adapter file; anything doubtful raises `StoreError`."""
+    if path.exists() and not path.is_file():  # a pipe or a device might never end
+        raise StoreError(f"cannot read {path}: it is not a file")
+    try:
+        with path.open("rb") as file:
+            return _read(file, path)
+    except FileNotFoundError as error:
+        raise StoreError(f"there is no adapter file {path}") from error
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    content = _content(path)
-    header, data = _split(content, str(path))
+    header, start = _header(file, path)
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not isinstance(metadata.get("polyadapt"), str):
         raise StoreError(f"{path} is a safetensors file but not an adapter file of polyadapt")
-    if metadata.get("digest") != _digest(metadata["polyadapt"], header, data):
+    file.seek(0)
+    content = file.read()
+    found = _digest(metadata["polyadapt"], header, memoryview(content)[start:])
+    if metadata.get("digest") != found:
         raise StoreError(f"{path} is damaged: its content does not fit its digest")
-    record = _json(metadata["polyadapt"].encode(), str(path))
+    record = _json(metadata["polyadapt"], path)
     try:
         return record, load(content)
     except SafetensorError as error:
         raise StoreError(f"{path} is damaged: {error}") from error
 
 
-def _content(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise StoreError(f"there is no adapter file {path}") from error
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}") from error
-    if content[:2] in (b"\x80\x02", b"PK") or content[:1] == b"\x80":
+def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
+    """The checked header and where the tensors' bytes start."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    begin = file.read(9)
+    if len(begin) < 9:
+        raise StoreError(f"{path} is not an adapter file: {size} bytes are too few")
+    if begin[8:] != b"{" and (begin[:1] == b"\x80" or begin[:2] == b"PK"):
         raise StoreError(
             f"{path} is a pickle or zip (a torch.save file): only safetensors are read"
         )
-    return content
-
-
-def _split(content: bytes, path: str) -> tuple[dict[str, Any], bytes]:
-    """The checked header and the tensor bytes."""
-    if len(content) < 8:
-        raise StoreError(f"{path} is not an adapter file: {len(content)} bytes are too few")
-    length = int.from_bytes(content[:8], "little")
-    if length > min(len(content) - 8, _LONGEST_HEADER):
+    length = int.from_bytes(begin[:8], "little")
+    if length > min(size - 8, _LONGEST_HEADER):
         raise StoreError(f"{path} is truncated or not a safetensors file: header of {length} bytes")
-    header = _json(content[8 : 8 + length], path)
-    data = content[8 + length :]
+    file.seek(8)
+    header = _json(file.read(length), path)
+    places = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    end = _checked_places(places, path)
+    if end != size - 8 - length:
+        raise StoreError(
+            f"{path} is truncated or damaged: {size - 8 - length} bytes of tensors, not {end}"
+        )
+    return header, 8 + length
+
+
+def _checked_places(places: Mapping[str, Any], path: Path) -> int:
+    """The tensors lie one behind another, each as long as its shape says; where the last ends."""
     end = 0
-    tensors = {k: v for k, v in header.items() if k != "__metadata__"}
     try:
-        for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        for name, entry in sorted(places.items(), key=lambda item: item[1]["data_offsets"]):
             end = _checked_end(name, entry, end, path)
-    except (KeyError, TypeError, IndexError) as error:
+    except StoreError:
+        raise
+    except (LookupError, TypeError, ValueError) as error:
         raise StoreError(
             f"{path} is damaged: its header is not that of a safetensors file"
         ) from error
-    if end != len(data):
-        raise StoreError(f"{path} is truncated or damaged: {len(data)} bytes of tensors, not {end}")
-    return header, data
+    return end
 
 
-def _checked_end(name: str, entry: dict[str, Any], start: int, path: str) -> int:
+def _checked_end(name: str, entry: dict[str, Any], start: int, path: Path) -> int:
     begin, end = entry["data_offsets"]
-    size = _BYTES.get(entry["dtype"], 0)
-    for dim in entry["shape"]:
-        if type(dim) is not int or dim < 0:
-            raise StoreError(f"{path} is damaged: tensor {name!r} has shape {entry['shape']}")
-        size *= dim
+    shape = entry["shape"]
+    plain = len(shape) <= _MOST_DIMS and all(type(n) is int and 0 <= n < 2**63 for n in shape)
+    if not plain:
+        raise StoreError(f"{path} is damaged: tensor {name!r} has no possible shape")
+    size = math.prod(shape, start=_BYTES.get(entry["dtype"], 0))
     if begin != start or end - begin != size or entry["dtype"] not in _BYTES:
         raise StoreError(f"{path} is damaged: tensor {name!r} does not fit its place")
     return int(end)
 
 
-def _json(text: bytes, path: str) -> dict[str, Any]:
+def _json(text: bytes | str, path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in pairs}) != len(pairs):
             raise ValueError("a key twice")
@@ -147,7 +170,7 @@ def _json(text: bytes, path: str) -> dict[str, Any]:
     return found
 
 
-def _digest(record: str, header: Mapping[str, Any], data: bytes) -> str:
+def _digest(record: str, header: Mapping[str, Any], data: memoryview) -> str:
     """sha256 over the record, every tensor's name, dtype, shape and place, and all bytes."""
     tensors = {k: header[k] for k in sorted(header) if k != "__metadata__"}
     found = hashlib.sha256(json.dumps([record, tensors], sort_keys=True).encode())

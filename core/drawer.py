@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .activation import Active, Records, Stamp
 from .errors import AdaptError
@@ -28,6 +30,8 @@ _NAME = re.compile(r"[A-Za-z0-9_\-]+")
 class Drawer(nn.Module):
     """Holds the sets of one backbone, their slots, and which sets act by default."""
 
+    guard: RemovableHandle
+
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.__dict__["backbone"] = backbone  # unregistered: the backbone is the parent
@@ -38,6 +42,7 @@ class Drawer(nn.Module):
         self.stamped: dict[str, Any] = {}
         self.trained = {n: p.requires_grad for n, p in backbone.named_parameters()}
         self.kept: dict[tuple[str, str], tuple[str, nn.Parameter]] = {}
+        self.before_merge = Active()
         self.allow_cast = False
         self.register_load_state_dict_post_hook(_forget_missing)  # type: ignore[no-untyped-call]
 
@@ -56,9 +61,8 @@ class Drawer(nn.Module):
         merged = {owner for owner, _ in self.kept.values()}
         if merged and set(asked) != merged:
             raise AdaptError(f"set {min(merged)!r} is merged into the weights: unmerge it first")
-        if len(active.names) > 1:
-            for name in active.names[1:]:
-                known[name].refuse_not_first(active.names[0])
+        for earlier, later in combinations(active.names, 2):
+            known[later].refuse_on_top_of(known[earlier])
         for name in active.names if active.per_sample is None else set(asked) - {None}:
             known[name or ""].require_grads()
         return active
@@ -134,6 +138,7 @@ def make_drawer(backbone: nn.Module) -> Drawer:
         )
     drawer = Drawer(backbone)
     backbone.add_module(DRAWER, drawer)
+    drawer.guard = backbone.register_load_state_dict_pre_hook(_refuse_while_merged)
     return drawer
 
 
@@ -141,6 +146,7 @@ def remove_drawer(drawer: Drawer) -> None:
     """Take an empty drawer out of its backbone and give back the backbone's requires_grad flags."""
     backbone: nn.Module = drawer.__dict__["backbone"]
     drawer.unstamp()
+    drawer.guard.remove()
     del backbone._modules[DRAWER]
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(drawer.trained.get(name, parameter.requires_grad))
@@ -152,6 +158,13 @@ def check_set_name(name: str, taken: dict[str, AdapterSet]) -> None:
         raise AdaptError(f"a set's name has letters, digits, _ and - only, got {name!r}")
     if name in taken:
         raise AdaptError(f"a set called {name!r} is attached already; attached: {sorted(taken)}")
+
+
+def _refuse_while_merged(module: nn.Module, *args: Any) -> None:
+    """Values loaded now would be lost when the kept parameters come back."""
+    drawer = find_drawer(module)
+    if drawer is not None and drawer.kept:
+        raise AdaptError("a set is merged into the weights: unmerge it before loading a checkpoint")
 
 
 def _forget_missing(module: nn.Module, incompatible: Any) -> None:

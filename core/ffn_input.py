@@ -14,17 +14,20 @@ from torch import Tensor, nn
 
 from .errors import SiteError
 
-# Children of a block that its MLP branch may begin with: timm, open_clip and GPT-2, whisper,
-# transformers' ViT and Whisper.
+# Children of a block that its MLP branch may begin with, norm or MLP: timm, open_clip and GPT-2,
+# whisper, transformers' ViT, Whisper and wav2vec 2, torch's encoder and decoder layers.
 _BRANCH = ("norm2", "mlp", "ln_2", "mlp_ln", "layernorm_after", "final_layer_norm", "fc1")
+_BRANCH += ("feed_forward", "linear1", "norm3")
 
 
 class FFNInput:
     """Catches the state during a block's call; one per adapted block."""
 
     def __init__(self, block: nn.Module, path: str) -> None:
-        children = [child for name, child in block.named_children() if name in _BRANCH]
-        if not children:
+        found = {name: child for name, child in block.named_children() if name in _BRANCH}
+        if "norm3" in found:  # a third norm makes the second that of cross-attention
+            found.pop("norm2", None)
+        if not found:
             names = ", ".join(name for name, _ in block.named_children())
             raise SiteError(
                 f"{path} has no MLP branch that we know (one of {', '.join(_BRANCH)});"
@@ -32,7 +35,10 @@ class FFNInput:
             )
         self._held: dict[int, Tensor] = {}
         self._handles = [block.register_forward_pre_hook(self._begin, prepend=True)]
-        self._handles += [c.register_forward_pre_hook(self._catch, prepend=True) for c in children]
+        self._handles += [
+            child.register_forward_pre_hook(self._catch, prepend=True, with_kwargs=True)
+            for child in found.values()
+        ]
 
     def take(self) -> Tensor | None:
         """The state of the call that is ending, if its branch was called."""
@@ -46,8 +52,11 @@ class FFNInput:
     def _begin(self, module: nn.Module, args: Any) -> None:
         self._held.pop(_caller(), None)  # left behind by a call that raised
 
-    def _catch(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._held.setdefault(_caller(), args[0])
+    def _catch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._held.setdefault(_caller(), next(iter((*args, *kwargs.values()))))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": {}}  # a recomputed branch leaves its state behind
 
 
 def _caller() -> int:

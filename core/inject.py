@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .errors import SiteError
+
 if TYPE_CHECKING:
     from .slots import WeightSlot
 
@@ -26,6 +28,11 @@ _frames = threading.local()
 def adapt_parameter(module: nn.Module, name: str, slot: WeightSlot) -> None:
     """From now on `module.<name>` is what the slot makes of the stored parameter."""
     slots = module.__dict__.setdefault(SLOTS, {})
+    if name in slots:
+        raise SiteError(
+            f"{slot.path}.{name} is adapted already through a module above or below the one that"
+            " is adapted now: attach every set to the same backbone"
+        )
     slots[name] = slot
     _set_class(module)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .errors import SiteError
 from .layers import (
@@ -68,6 +69,21 @@ def kind_of(module: nn.Module, parameter: str | None) -> str:
     return layer_class(module, parameter)(module, parameter).kind
 
 
+def stored_at(module: nn.Module, path: str, parameter: str) -> nn.Parameter:
+    """The parameter itself; one that is computed anew at each call, or not yet made, is refused."""
+    stored = module._parameters.get(parameter)
+    what = f"{path}.{parameter}".lstrip(".")
+    if stored is None:
+        raise SiteError(
+            f"{what} is no stored parameter: {type(module).__name__} has"
+            f" {', '.join(n for n, _ in module.named_parameters()) or 'none'} (torch's weight_norm"
+            " and other parametrizations compute theirs: remove them first)"
+        )
+    if is_lazy(stored):
+        raise SiteError(f"{what} has no shape yet: run the model once before choosing sites")
+    return stored
+
+
 def layer_at(model: nn.Module, site: Site) -> FrozenLayer:
     """The frozen layer of `model` at a site."""
     module = model.get_submodule(site.path)
@@ -78,7 +94,7 @@ def width_of(module: nn.Module) -> int | None:
     """Channels that a module returns: those of its last matrix, or of its last vector."""
     last = None
     for child in module.modules():
-        if is_called_layer(child):
+        if is_called_layer(child) and child._parameters.get("weight") is not None:
             last = layer_class(child, "weight")(child, "weight").matrix().shape[0]
     if last is None:
         sizes = [p.shape[0] for p in module.parameters() if p.ndim >= 1]

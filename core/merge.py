@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from .activation import Active
 from .drawer import drawer_of
 from .errors import AdaptError
 from .kinds import layer_at
+from .layers import FrozenLayer
 from .recipe import ActsOnWeight, Adapter
 from .slots import Piece, apply_weights
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 def merge(adapter_set: AdapterSet) -> None:
     """W0 -> W' in new parameters; the old are kept. Methods without a weight form are refused."""
     drawer = drawer_of(adapter_set.backbone)
+    if not adapter_set.sites:
+        method = type(adapter_set.recipe).__name__
+        raise AdaptError(f"{method} has no sites: there is nothing to merge")
     for site, adapter in adapter_set.adapters.items():
         if not isinstance(adapter, ActsOnWeight):
             method = type(adapter_set.recipe).__name__
@@ -31,15 +36,16 @@ def merge(adapter_set: AdapterSet) -> None:
     if drawer.kept:
         merged = sorted({owner for owner, _ in drawer.kept.values()})
         raise AdaptError(f"set {merged[0]!r} is merged already: unmerge it first")
-    new = {key: _merged(pieces) for key, pieces in _pieces(adapter_set).items()}
-    _warn_of_lost_bits(adapter_set.backbone, new)
+    pieces = _pieces(adapter_set)
+    new = {key: _merged(here) for key, here in pieces.items()}
+    _warn_of_lost_bits([(layer, new[key]) for key, here in pieces.items() for layer, _ in here])
     for (path, name), value in new.items():
         module = adapter_set.backbone.get_submodule(path)
         old = module._parameters[name]
         assert old is not None, "a site's parameter exists"
         drawer.kept[path, name] = (adapter_set.name, old)
         module._parameters[name] = nn.Parameter(value, requires_grad=False)
-    drawer.default = Active((adapter_set.name,))
+    drawer.before_merge, drawer.default = drawer.default, Active((adapter_set.name,))
 
 
 def unmerge(adapter_set: AdapterSet) -> None:
@@ -50,6 +56,7 @@ def unmerge(adapter_set: AdapterSet) -> None:
     for (path, name), (_, old) in drawer.kept.items():
         adapter_set.backbone.get_submodule(path)._parameters[name] = old
     drawer.kept.clear()
+    drawer.default = drawer.before_merge
 
 
 def _pieces(adapter_set: AdapterSet) -> dict[tuple[str, str], list[Piece]]:
@@ -68,14 +75,13 @@ def _merged(pieces: list[Piece]) -> Tensor:
     return merged.clone(memory_format=torch.contiguous_format)  # full tuning returns its own tensor
 
 
-def _warn_of_lost_bits(backbone: nn.Module, new: dict[tuple[str, str], Tensor]) -> None:
-    """Low precision cannot hold small updates: say how many entries did not move."""
+def _warn_of_lost_bits(new: Sequence[tuple[FrozenLayer, Tensor]]) -> None:
+    """Low precision cannot hold small updates: say how many adapted entries did not move."""
     still = total = 0
-    for (path, name), value in new.items():
-        old = backbone.get_submodule(path)._parameters[name]
-        if old is not None and value.dtype in (torch.bfloat16, torch.float16):
-            still += int((old == value).sum())
-            total += value.numel()
+    for layer, value in new:
+        if value.dtype in (torch.bfloat16, torch.float16):
+            still += int((layer.matrix() == layer.matrix(value)).sum())
+            total += layer.matrix().numel()
     if total and still > total / 10:
         share = 100 * still / total
         warnings.warn(

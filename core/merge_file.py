@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .container import write_atomically
-from .errors import StoreError
+from .errors import AdaptError, StoreError
 from .fingerprint import digest
 from .layers import (
     ConvLayer,
@@ -17,10 +18,10 @@ from .layers import (
     LinearLayer,
     TransposedLinearLayer,
 )
-from .recipe import Adapter
+from .recipe import ActsOnWeight
 from .sites import Site
 from .slots import Piece, apply_weights
-from .store import AdapterFile, read_file
+from .store import AdapterFile, check_fit, read_file
 
 _LAYERS: dict[str, type[FrozenLayer]] = {
     "linear": LinearLayer,
@@ -38,15 +39,17 @@ def merge_file(adapter_path: str | Path, base_path: str | Path, out_path: str | 
     The base must be the one that the set was made on, by digest. Returns a line that says what was
     done. Methods without a weight form are refused.
     """
-    if Path(out_path).resolve() == Path(base_path).resolve():
-        raise StoreError(f"--out {out_path} is the base itself: the base is never overwritten")
+    for path in (base_path, adapter_path):
+        if Path(out_path).resolve() == Path(path).resolve():
+            raise StoreError(f"--out {out_path} is what is read: it is never overwritten")
     file = read_file(adapter_path)
+    _check_method(file, adapter_path)
     base = _read_base(Path(base_path))
-    _check(file, base, adapter_path, base_path)
-    by_parameter: dict[str, list[Piece]] = {}
-    for site in file.sites:
-        key = f"{site.path}.{site.parameter}".lstrip(".")
-        by_parameter.setdefault(key, []).append(_piece(file, site, base[key]))
+    _check_base(file, base, adapter_path, base_path)
+    try:
+        by_parameter = _pieces(file, base)
+    except AdaptError as error:
+        raise StoreError(f"{adapter_path}: {error}") from error
     with torch.no_grad():
         merged = {key: apply_weights(base[key], pieces) for key, pieces in by_parameter.items()}
     still = sum(int((base[key] == new).sum()) for key, new in merged.items())
@@ -62,35 +65,57 @@ def merge_file(adapter_path: str | Path, base_path: str | Path, out_path: str | 
     )
 
 
+def _key(site: Site) -> str:
+    """The name of the site's parameter in a checkpoint."""
+    return f"{site.path}.{site.parameter}".lstrip(".")
+
+
+def _pieces(file: AdapterFile, base: Mapping[str, Tensor]) -> dict[str, list[Piece]]:
+    """The file's adapters, filled, by the parameter that they change."""
+    built = {site: _piece(file, site, base[_key(site)]) for site in file.sites}
+    states = {site: adapter.state_dict() for site, (_, adapter) in built.items()}
+    check_fit(
+        file.tensors, {f"{s.name}/{k}": t for s, own in states.items() for k, t in own.items()}
+    )
+    by_parameter: dict[str, list[Piece]] = {}
+    for site, (layer, adapter) in built.items():
+        adapter.load_state_dict({k: file.tensors[f"{site.name}/{k}"] for k in states[site]})
+        by_parameter.setdefault(_key(site), []).append((layer, adapter.eval()))
+    return by_parameter
+
+
 def _piece(file: AdapterFile, site: Site, stored: Tensor) -> Piece:
     layer = _LAYERS[site.kind](nn.Module(), site.parameter, site.rows)
-    adapter: Adapter = file.recipe.build(
-        site, layer.matrix(stored), torch.Generator().manual_seed(0)
-    )
-    own = adapter.state_dict()
-    for key, tensor in own.items():
-        name = f"{site.name}/{key}"
-        if name not in file.tensors or file.tensors[name].shape != tensor.shape:
-            raise StoreError(f"the adapter file has no tensor {name} of shape {list(tensor.shape)}")
-        own[key] = file.tensors[name]
-    adapter.load_state_dict(own)
-    return layer, adapter.eval()
+    try:
+        matrix = layer.matrix(stored)
+    except (RuntimeError, IndexError) as error:
+        raise StoreError(f"{site.name} is no {site.kind}: {list(stored.shape)}") from error
+    if tuple(matrix.shape) != site.shape:
+        raise StoreError(f"{site.name} is {list(matrix.shape)}, expected {list(site.shape)}")
+    adapter = file.recipe.build(site, matrix, torch.Generator().manual_seed(0))
+    if not isinstance(adapter, ActsOnWeight):
+        raise _acts_on_activations(file, site)
+    return layer, adapter
 
 
-def _check(
-    file: AdapterFile, base: dict[str, Tensor], adapter_path: str | Path, base_path: str | Path
-) -> None:
-    method = type(file.recipe)
+def _acts_on_activations(file: AdapterFile, site: Site) -> StoreError:
+    method = type(file.recipe).__name__
+    return StoreError(f"{method} acts on activations at {site.name}: it cannot be merged")
+
+
+def _check_method(file: AdapterFile, path: str | Path) -> None:
     if not file.sites:
-        raise StoreError(
-            f"{adapter_path} ({method.__name__}) has no sites: there is nothing to merge"
-        )
+        method = type(file.recipe).__name__
+        raise StoreError(f"{path} ({method}) has no sites: there is nothing to merge")
     for site in file.sites:
-        key = f"{site.path}.{site.parameter}".lstrip(".")
         if site.parameter is None or site.kind not in _LAYERS:
-            raise StoreError(
-                f"{method.__name__} acts on activations at {site.name}: it cannot be merged"
-            )
+            raise StoreError(f"{path}: {_acts_on_activations(file, site)}")
+
+
+def _check_base(
+    file: AdapterFile, base: Mapping[str, Tensor], adapter_path: str | Path, base_path: str | Path
+) -> None:
+    for key in map(_key, file.sites):
         if key not in base:
             raise StoreError(
                 f"{base_path} has no tensor {key}: it is not the backbone of {adapter_path}"

@@ -1,7 +1,7 @@
 """The pattern language: text -> what to look for. It knows no model.
 
 =============================  ====================================================
-`blocks.*.attn.qkv`            `*` is one path component, `**` any number of them
+`blocks.*.attn.qkv`            `*` is one path component, `**` any number of them (or none)
 `blocks.{0,2}.mlp.{fc1,fc2}`   alternatives; each of them must find something
 `blocks.*.attn.qkv[q,v]`       parts of a fused projection, one adapter each
 `blocks.*.norm1.bias`          a parameter by name (`.weight` may be left out)
@@ -13,11 +13,14 @@ A pattern is compared with whole paths first; if none fits, with their tails, so
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from itertools import product
 
 from .errors import SiteError
+
+_MOST = 10_000
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Pattern:
 
     def matcher(self, tail: bool) -> re.Pattern[str]:
         """A regular expression for whole paths, or for tails of paths that start at a dot."""
-        body = re.escape(self.path).replace(r"\*\*", ".*").replace(r"\*", r"[^.]*")
+        body = re.sub(r"(?<![^.])\\\*\\\*\\\.", r"(?:.*\\.)?", re.escape(self.path))  # `**.`
+        body = body.replace(r"\*\*", ".*").replace(r"\*", r"[^.]*")
         return re.compile((r"(?:.*\.)?" if tail else "") + body)
 
 
@@ -43,7 +47,8 @@ def parse(text: str) -> list[Pattern]:
     [('h.0.attn', ('q', 'v')), ('h.1.attn', ('q', 'v'))]
     """
     if not isinstance(text, str) or not text.strip():
-        raise SiteError(f"a pattern must be text such as 'blocks.*.attn.qkv[q,v]', not {text!r}")
+        found = repr(text) if isinstance(text, str) else type(text).__name__
+        raise SiteError(f"a pattern must be text such as 'blocks.*.attn.qkv[q,v]', not {found}")
     return [_read(text, expanded, choices) for expanded, choices in _expand(text.strip())]
 
 
@@ -52,6 +57,8 @@ def _expand(text: str) -> list[tuple[str, tuple[str, ...]]]:
     if any(c in "".join(pieces[0::2]) for c in "{}"):
         raise SiteError(f"pattern {text!r}: braces must be closed and not nested, as in {{a,b}}")
     fixed, braces = pieces[0::2], [piece.split(",") for piece in pieces[1::2]]
+    if math.prod(map(len, braces)) > _MOST:  # they multiply: thirty pairs would never end
+        raise SiteError(f"pattern {text!r}: its braces stand for more than {_MOST:,} paths")
     expanded = []
     for picks in product(*braces):
         picks = tuple(pick.strip() for pick in picks)

@@ -21,6 +21,8 @@ def prove(adapter_set: AdapterSet, probe: Tensor | Callable[[], Any]) -> None:
     Raises `SiteError` naming the sites whose adapters got no gradient at all: nothing calls or
     reads them, or their effect never reaches the output.
     """
+    if not adapter_set.sites:
+        return  # a method that trains only the task's head
     parameters = list(adapter_set.parameters())
     with activate(adapter_set.backbone, adapter_set.name), torch.enable_grad():
         output = probe() if callable(probe) else adapter_set.backbone(probe)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .sites import SlotKind
 
 _NOT_FORWARD = re.compile(r"^(__init__|_?reset|_?init)")
+_NOT_VALUES = r"(?!\.(?:dtype|device|shape|size|ndim|requires_grad)\b)"  # the same for W' and W
 
 
 def reach(
@@ -65,7 +66,7 @@ def _ancestors(path: str) -> list[str]:
 
 @cache
 def _reads(owner: type[nn.Module], attribute: str) -> bool:
-    wanted = re.compile(rf"\bself\.{re.escape(attribute)}\b")
+    wanted = re.compile(rf"\bself\.{re.escape(attribute)}\b{_NOT_VALUES}")
     return any(wanted.search(source) for source in _sources(owner))  # type: ignore[arg-type]
 
 

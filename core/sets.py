@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 
 from .activation import wanted
 from .drawer import (
+    DRAWER,
     Drawer,
     check_set_name,
     drawer_of,
@@ -142,13 +143,15 @@ class AdapterSet(nn.Module):
                 if not parameter.requires_grad:
                     parameter.requires_grad_(True)
 
-    def refuse_not_first(self, first: str) -> None:
-        """Some methods read the frozen weight and cannot act on top of another set."""
-        if any(adapter.needs_first for adapter in self.adapters.values()):
-            method = type(self.recipe).__name__
-            raise AdaptError(
-                f"set {self.name!r} ({method}) reads the frozen weights: name it before {first!r}"
-            )
+    def refuse_on_top_of(self, earlier: AdapterSet) -> None:
+        """Some methods read the frozen weight: no other set may act on it before them."""
+        taken = {(s.path, s.parameter) for s in earlier.sites}
+        for site, adapter in zip(self.sites, self.adapters.values(), strict=True):
+            if adapter.needs_first and (site.path, site.parameter) in taken:
+                raise AdaptError(
+                    f"set {self.name!r} ({type(self.recipe).__name__}) reads the frozen weight of"
+                    f" {site.name}: name it before {earlier.name!r}"
+                )
 
 
 def attach(
@@ -175,6 +178,8 @@ def attach(
         raise AdaptError(f"recipe must be a method such as LoRA(rank=8), got {recipe!r}")
     sites = select(model, recipe.default_at(model) if at is None else at)
     made = build_set(model, recipe, sites, name, generator)
+    before = find_drawer(model)
+    acting = before.default.names if before else None
     install(model, made)
     if probe is not None:
         from .probe import prove
@@ -183,6 +188,8 @@ def attach(
             prove(made, probe)
         except BaseException:
             detach(made)
+            if acting is not None:
+                switch(model, acting)
             raise
     return made
 
@@ -256,7 +263,7 @@ def install(backbone: nn.Module, made: AdapterSet) -> None:
             remove_drawer(drawer)
         raise
     for name, parameter in backbone.named_parameters():
-        if not name.startswith("polyadapt_drawer."):
+        if DRAWER not in name.split("."):
             parameter.requires_grad_(False)
     drawer.holder[f"set_{made.name}"] = made
     made.__dict__["drawer"] = drawer

@@ -6,12 +6,12 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
 from .errors import SiteError
-from .kinds import is_called_layer, kind_of, parts_of, width_of
+from .kinds import is_called_layer, kind_of, parts_of, stored_at, width_of
 from .patterns import Pattern, parse
 from .readers import reach
 
@@ -36,13 +36,14 @@ class Site:
     @property
     def name(self) -> str:
         """`blocks.0.attn.qkv[q]`: how patterns, tables and adapter files call this site."""
-        plain = self.parameter is None or (self.parameter == "weight" and self.kind != "parameter")
+        own_matrix = self.parameter == "weight" and self.kind != "parameter" and self.path
+        plain = self.parameter is None or own_matrix
         path = self.path if plain else f"{self.path}.{self.parameter}".lstrip(".")
         return path if self.part is None else f"{path}[{self.part}]"
 
 
 class Sites(tuple[Site, ...]):
-    """The resolved sites of a pattern, in the order of the backbone; printing shows a table."""
+    """The resolved sites of patterns, in the order they were asked for; printing shows a table."""
 
     __slots__ = ()
 
@@ -61,7 +62,8 @@ def select(
 ) -> Sites:
     """The sites of `model` that a pattern, or several, name; see `patterns` for the language.
 
-    `slot` overrides how the sites are reached (for layers that are called, both ways work).
+    `slot` overrides how the sites are reached (for layers that are called, both ways work). Sites
+    of another model of the same shapes are looked up in this one.
     Raises `SiteError` for a pattern that finds nothing (with the nearest names), a weight that is
     named twice, a tied weight, and a part that the layer does not have.
 
@@ -72,16 +74,19 @@ def select(
     0     4x4    linear  output  the layer is called
     2     2x4    linear  output  the layer is called
     """
-    if isinstance(at, Sites):
-        return at
-    texts = [at] if isinstance(at, str) else list(at)
     names = _Names(model)
-    found = [site for text in texts for site in _resolve(names, text)]
-    _refuse_repeated(found)
+    if isinstance(at, Sites):
+        found = [_same(names, site) for site in at]
+    elif isinstance(at, Iterable):
+        texts = [at] if isinstance(at, str) else at
+        found = [site for text in texts for site in _resolve(names, text)]
+    else:
+        raise SiteError(
+            f"sites are a pattern, several, or what select found, not {type(at).__name__}"
+        )
+    refuse_repeated(found)
     _refuse_tied(model, found)
-    if slot is not None:
-        found = [_with_slot(site, slot) for site in found]
-    return Sites(found)
+    return Sites(found if slot is None else (_with_slot(site, slot) for site in found))
 
 
 class _Names:
@@ -90,7 +95,7 @@ class _Names:
     def __init__(self, model: nn.Module) -> None:
         from .drawer import DRAWER
 
-        named = [(n, m) for n, m in model.named_modules() if n.split(".")[0] != DRAWER]
+        named = [(n, m) for n, m in model.named_modules() if DRAWER not in n.split(".")]
         self.model = model
         self.modules = dict(named)
         self.parameters = {
@@ -147,6 +152,25 @@ def _resolve(names: _Names, text: str) -> list[Site]:
     return list(found.values())
 
 
+def _same(names: _Names, wanted: Site) -> Site:
+    """The site of this backbone at the very place of another one, which it must equal."""
+    weight = f"{wanted.path}.{wanted.parameter}".lstrip(".")
+    if wanted.path not in names.modules or (wanted.parameter and weight not in names.parameters):
+        raise SiteError(
+            f"nothing in {type(names.model).__name__} is called {wanted.name!r};"
+            f" nearest: {names.nearest(wanted.path)}"
+        )
+    parts = () if wanted.part is None else (wanted.part,)
+    exactly = Pattern(wanted.name, wanted.path, parts, ())
+    (here,) = _sites_at(names, wanted.path, wanted.parameter, exactly)
+    if (here.kind, here.shape, here.rows) != (wanted.kind, wanted.shape, wanted.rows):
+        raise SiteError(
+            f"{wanted.name} was a {wanted.kind} {list(wanted.shape)},"
+            f" in this {type(names.model).__name__} it is a {here.kind} {list(here.shape)}"
+        )
+    return _with_slot(here, wanted.slot)
+
+
 def _sites_at(names: _Names, path: str, parameter: str | None, pattern: Pattern) -> list[Site]:
     module = names.modules[path]
     if parameter is None and is_called_layer(module):
@@ -156,6 +180,7 @@ def _sites_at(names: _Names, path: str, parameter: str | None, pattern: Pattern)
         if pattern.parts:
             raise SiteError(f"pattern {pattern.text!r}: {path} is a whole module and has no parts")
         return [_block_site(path, module)]
+    stored_at(module, path, parameter)
     slot, why, readers = reach(names.model, path, module, parameter, kind)
     base = Site(path, parameter, None, None, kind, (), slot, why, readers)
     return [
@@ -172,6 +197,8 @@ def _block_site(path: str, module: nn.Module) -> Site:
 
 
 def _with_slot(site: Site, slot: SlotKind) -> Site:
+    if slot not in get_args(SlotKind):
+        raise SiteError(f"slot={slot!r} is not allowed: {' or '.join(get_args(SlotKind))}")
     if slot == site.slot:
         return site
     if slot == "output" or site.kind == "block":
@@ -179,7 +206,8 @@ def _with_slot(site: Site, slot: SlotKind) -> Site:
     return replace(site, slot=slot, why="asked for", readers=(site.path,))
 
 
-def _refuse_repeated(sites: Sequence[Site]) -> None:
+def refuse_repeated(sites: Sequence[Site]) -> None:
+    """No weight, and no row of one, is named twice."""
     taken: dict[tuple[str, str | None], list[Site]] = {}
     for site in sites:
         others = taken.setdefault((site.path, site.parameter), [])

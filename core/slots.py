@@ -35,9 +35,14 @@ class _Slot:
         self.adapters: dict[str, list[Piece]] = {}
 
     def acting(self, active: Active) -> list[str]:
-        """The names that act here, in order; merged sets are in the weights already."""
+        """The names that act here, in order."""
+        known = self.known()
+        return [name for name in active.names if name in known]
+
+    def known(self) -> list[str]:
+        """The sets with an adapter here; merged ones are in the weights already."""
         merged = {owner for owner, _ in self.drawer.kept.values()}
-        return [n for n in active.names if n in self.adapters and n not in merged]
+        return [name for name in self.adapters if name not in merged]
 
 
 class WeightSlot(_Slot):
@@ -53,7 +58,7 @@ class WeightSlot(_Slot):
         """W' of the sets that act, the stored parameter itself when none does."""
         active = current(self.drawer)
         if active.per_sample is not None:
-            if not groups(active.per_sample, tuple(self.adapters)):
+            if not groups(active.per_sample, self.known()):
                 return self.layer.stored
             raise AdaptError(
                 f"{self.path}.{self.layer.parameter} is read outside the call of the layer that"
@@ -112,7 +117,7 @@ class OutputSlot(_Slot):
         if active.per_sample is None:
             names = self.acting(active)
         else:
-            names = [n for n in self.adapters if n in active.per_sample]
+            names = list(groups(active.per_sample, self.known()))
         if not names:
             return None  # torch keeps the very tensor
         x, y = self._tensor(args, kwargs), _first_tensor(output, self.path)
@@ -128,7 +133,7 @@ class OutputSlot(_Slot):
     ) -> Tensor:
         axis = self.batch_axis
         check_batch(y.shape[axis], per_sample, self.path)
-        for name, rows in groups(per_sample, tuple(self.adapters)).items():
+        for name, rows in groups(per_sample, self.known()).items():
             index = torch.tensor(rows, device=y.device)
             own_ffn = None if ffn is None else ffn.index_select(axis, index)
             own = self._apply(
@@ -173,5 +178,6 @@ def _first_tensor(output: Any, path: str) -> Tensor:
 
 def _with_first_tensor(output: Any, y: Tensor) -> Any:
     if isinstance(output, tuple | list):
-        return type(output)((y, *output[1:]))
+        changed = (y, *output[1:])
+        return output._make(changed) if hasattr(output, "_make") else type(output)(changed)
     return y

@@ -18,10 +18,10 @@ from .errors import AdaptError, SiteError, StoreError
 from .fingerprint import fingerprint
 from .recipe import Recipe
 from .sets import AdapterSet, build_set, check_tensors, install
-from .sites import Site, Sites, select
+from .sites import Site, Sites, refuse_repeated, select
 
 FORMAT = 1
-_HEAD = "head/"
+_HEAD = ".head/"  # no site is called so: no path starts with a dot
 _SITE_FIELDS = ("path", "parameter", "part", "rows", "kind", "shape", "slot")
 
 
@@ -49,6 +49,7 @@ def save(adapter_set: AdapterSet, path: str | Path, *, training_state: bool = Fa
     pairs = zip(adapter_set.sites, adapter_set.adapters.values(), strict=True)
     chosen = [(s, a if training_state else a.deployed()) for s, a in pairs]
     tensors = {f"{s.name}/{k}": t for s, a in chosen for k, t in a.state_dict().items()}
+    tensors |= {_HEAD + key: tensor for key, tensor in adapter_set.head.items()}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise StoreError(f"set {adapter_set.name!r} is not saved: {name} holds NaN or infinity")
@@ -64,8 +65,7 @@ def save(adapter_set: AdapterSet, path: str | Path, *, training_state: bool = Fa
         "versions": _versions(backbone),
         "extra": adapter_set.extra,
     }
-    heads = {_HEAD + key: tensor for key, tensor in adapter_set.head.items()}
-    container.write(Path(path), record, {**tensors, **heads})
+    container.write(Path(path), record, tensors)
 
 
 def read_file(path: str | Path) -> AdapterFile:
@@ -76,8 +76,9 @@ def read_file(path: str | Path) -> AdapterFile:
         raise StoreError(f"{path} has format {record.get('format')!r}; this version reads {FORMAT}")
     try:
         sites = Sites(_site(entry) for entry in record["sites"])
+        refuse_repeated(sites)
         found = AdapterFile(
-            name=str(record["name"]),
+            name=_text(record["name"]),
             recipe=Recipe.from_json(record["recipe"]),
             sites=sites,
             tensors={k: t for k, t in tensors.items() if not k.startswith(_HEAD)},
@@ -85,17 +86,17 @@ def read_file(path: str | Path) -> AdapterFile:
             head={k.removeprefix(_HEAD): t for k, t in tensors.items() if k.startswith(_HEAD)},
             extra=dict(record["extra"]),
             versions=dict(record["versions"]),
-            backbone_class=str(record["backbone_class"]),
+            backbone_class=_text(record["backbone_class"]),
         )
     except StoreError:
         raise
     except AdaptError as error:
         raise StoreError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise StoreError(f"{path} is damaged: its record lacks or misstates {error}") from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise StoreError(f"{path} is refused: {name} holds NaN or infinity")
+            raise StoreError(f"{path} is refused: {name!r} holds NaN or infinity")
     return found
 
 
@@ -116,20 +117,28 @@ def load(
     file = read_file(path)
     sites = _fitted(backbone, file, path)
     _check_fingerprint(backbone, file, sites, path, strict)
-    # Own generator: loading must not move the caller's random state.
-    made = build_set(
-        backbone, file.recipe, sites, name or file.name, torch.Generator().manual_seed(0)
-    )
+    own = torch.Generator().manual_seed(0)  # loading must not move the caller's random state
     try:
-        check_tensors(file.tensors, made.state_dict(), str(path))
+        made = build_set(backbone, file.recipe, sites, name or file.name, own)
+        check_fit(file.tensors, made.state_dict())
+        made.load_state_dict(file.tensors)
+        made.head, made.extra = file.head, file.extra
+        if not trainable:
+            made.freeze()
+        install(backbone, made)
     except AdaptError as error:
-        raise StoreError(str(error)) from error
-    made.load_state_dict(file.tensors)
-    made.head, made.extra = file.head, file.extra
-    if not trainable:
-        made.freeze()
-    install(backbone, made)
+        raise StoreError(f"{path}: {error}") from error
     return made
+
+
+def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Names, shapes and numbers as `check_tensors`, and no dtype that copying would round."""
+    check_tensors(found, wanted, "the file")
+    for key, tensor in found.items():
+        here, there = tensor.dtype, wanted[key].dtype
+        floats = here.is_floating_point and there.is_floating_point
+        if here != there and not (floats and torch.finfo(here).bits < torch.finfo(there).bits):
+            raise StoreError(f"the file: {key!r} is {here}, expected {there}")
 
 
 def inspect_file(path: str | Path) -> str:
@@ -153,39 +162,36 @@ def _shapes(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _site(entry: Mapping[str, Any]) -> Site:
-    rows = entry["rows"]
+    rows, parameter, part = entry["rows"], entry["parameter"], entry["part"]
+    if rows is not None and not 0 <= rows[0] < rows[1]:
+        raise ValueError(f"rows {rows!r}")
     return Site(
-        path=entry["path"],
-        parameter=entry["parameter"],
-        part=entry["part"],
+        path=_text(entry["path"]),
+        parameter=None if parameter is None else _text(parameter),
+        part=None if part is None else _text(part),
         rows=None if rows is None else (int(rows[0]), int(rows[1])),
-        kind=entry["kind"],
+        kind=_text(entry["kind"]),
         shape=tuple(int(n) for n in entry["shape"]),
-        slot=entry["slot"],
+        slot=_text(entry["slot"]),  # type: ignore[arg-type]  # `select` refuses other words
         why="as saved",
     )
+
+
+def _text(value: object) -> str:
+    """Text that may stand in a message of one line."""
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError(f"{value!r}, which is not plain text")
+    return value
 
 
 def _fitted(backbone: nn.Module, file: AdapterFile, path: str | Path) -> Sites:
     """The file's sites on this backbone, exactly."""
     try:
-        found = select(backbone, [site.name for site in file.sites])
+        return select(backbone, file.sites)
     except SiteError as error:
         raise StoreError(
             f"{path} is for another backbone ({file.backbone_class}): {error}"
         ) from error
-    for saved, here in zip(file.sites, found, strict=False):
-        if (saved.name, saved.shape, saved.rows) != (here.name, here.shape, here.rows):
-            raise StoreError(
-                f"{path} is for another backbone ({file.backbone_class}): it wants {saved.name}"
-                f" {list(saved.shape)}, this {type(backbone).__name__} has {here.name}"
-                f" {list(here.shape)}"
-            )
-    forced = [
-        h if s.slot == h.slot else select(backbone, h.name, slot=s.slot)[0]
-        for s, h in zip(file.sites, found, strict=True)
-    ]
-    return Sites(forced)
 
 
 def _check_fingerprint(
@@ -195,7 +201,7 @@ def _check_fingerprint(
     missing = sorted(set(here) ^ set(file.fingerprint))
     if missing:
         raise StoreError(
-            f"{path} is for another backbone ({file.backbone_class}): {missing[0]} is not in both"
+            f"{path} is for another backbone ({file.backbone_class}): {missing[0]!r} is not in both"
         )
     other = [name for name in here if here[name] != file.fingerprint[name]]
     if not other:

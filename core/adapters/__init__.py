@@ -21,10 +21,12 @@ def recipes() -> dict[str, type[Recipe]]:
     found: dict[str, type[Recipe]] = {}
     for file in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{file.name}")
-        for name, thing in vars(module).items():  # by name: an alias (ZILA) is found too
-            if isinstance(thing, type) and issubclass(thing, Recipe) and thing is not Recipe:
-                found[name] = thing
+        found |= {name: thing for name, thing in vars(module).items() if _is_method(thing)}
     return found
+
+
+def _is_method(thing: object) -> bool:
+    return isinstance(thing, type) and issubclass(thing, Recipe) and thing is not Recipe
 
 
 def recipe_class(name: object) -> type[Recipe]:

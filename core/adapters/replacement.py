@@ -35,7 +35,8 @@ class Replacement(Adapter):
 
     def weight(self, w: Tensor) -> Tensor:
         """The trained tensor in w's dtype."""
-        return self.value.to(w.dtype)
+        # A view: without grad it requires none, as W0; torch picks kernels by that flag too.
+        return self.value.view_as(self.value).to(w.dtype)
 
 
 def replacement(method: str, site: Site, weight: Tensor | None) -> Replacement:
@@ -52,5 +53,5 @@ def backbone_parameters(model: nn.Module) -> list[str]:
     return [
         name
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and name.split(".")[0] != DRAWER
+        if parameter.is_floating_point() and DRAWER not in name.split(".")
     ]
