@@ -160,8 +160,9 @@ class Records:
             " run one backward per forward thread"
         )
 
-    def note(self, task: int, active: Active, forward_thread: object) -> None:
+    def note(self, drawer: Drawer, active: Active, forward_thread: object) -> None:
         """Remember for this backward; autograd drops it when the backward ends."""
+        task = torch._C._current_graph_task_id()
         if task not in self._of:
             while len(self._of) >= _MOST_RECORDS:
                 self._of.pop(next(iter(self._of)), None)
@@ -170,7 +171,10 @@ class Records:
             engine.queue_callback(lambda: self.drop(task))
         record = self._of[task]
         record.here[threading.get_ident()] = active
-        record.forwards.add((forward_thread, active))
+        if (forward_thread, active) not in record.forwards:
+            record.forwards.add((forward_thread, active))
+            # `switch` may have put them to rest since: autograd drops what arrives at such leaves.
+            drawer.require_grads(active)
 
     def drop(self, task: int) -> None:
         """Forget an ended backward."""
@@ -194,11 +198,9 @@ class Stamp:
         key = "polyadapt", id(self.drawer)
         if key in node.metadata:  # a skipped block returns what another forward made: that one's
             return
-        active, records, thread = current(self.drawer), self.drawer.records, _this_thread()
+        drawer, active, thread = self.drawer, current(self.drawer), _this_thread()
         node.metadata[key] = active
-        node.register_prehook(
-            lambda grads: records.note(torch._C._current_graph_task_id(), active, thread)
-        )
+        node.register_prehook(lambda grads: drawer.records.note(drawer, active, thread))
 
 
 def _this_thread() -> object:

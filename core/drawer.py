@@ -63,9 +63,14 @@ class Drawer(nn.Module):
             raise AdaptError(f"set {min(merged)!r} is merged into the weights: unmerge it first")
         for earlier, later in combinations(active.names, 2):
             known[later].refuse_on_top_of(known[earlier])
-        for name in active.names if active.per_sample is None else set(asked) - {None}:
-            known[name or ""].require_grads()
+        self.require_grads(active)
         return active
+
+    def require_grads(self, active: Active) -> None:
+        """Trainable sets that act require grad."""
+        for name, adapters in self.sets.items():
+            if name in (active.per_sample or active.names):
+                adapters.require_grads()
 
     def forward(self, x: Any = None, *rest: Any) -> Any:
         """The identity: a root that calls all its children must not notice."""

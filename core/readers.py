@@ -20,6 +20,11 @@ from .errors import SiteError
 if TYPE_CHECKING:
     from .sites import SlotKind
 
+# A forward that only casts, such as that of whisper's Linear, spaces collapsed.
+_CASTS = re.compile(
+    r": return F\.linear\( ?(\w+), self\.weight(\.to\(\1\.dtype\))?,"
+    r" (None if self\.bias is None else )?self\.bias(\.to\(\1\.dtype\))?,? ?\)$"
+)
 _NOT_FORWARD = re.compile(r"^(__init__|_?reset|_?init)")
 _NOT_VALUES = r"(?!\.(?:dtype|device|shape|size|ndim|requires_grad)\b)"  # the same for W' and W
 
@@ -37,9 +42,23 @@ def reach(
         return "weight", f"{owner.__name__} reads {inside}.{parameter} itself", (path, *readers)
     if kind == "parameter":
         return "weight", f"{type(module).__name__} holds the parameter itself", (path,)
+    if kind != "transposed linear" and not _is_plain(type(module)):  # type: ignore[arg-type]
+        return "weight", f"{type(module).__name__} has a forward of its own", (path,)
     if getattr(module, "groups", 1) != 1:
         return "weight", "a grouped convolution has no low-rank path of its own", (path,)
     return "output", "the layer is called", ()
+
+
+@cache
+def _is_plain(layer: type[nn.Module]) -> bool:
+    """Its call is the linear map of its weight, not of a scaled, standardised or shifted one."""
+    plain = nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Embedding.forward
+    if layer.forward in plain:
+        return True
+    try:
+        return _CASTS.search(" ".join(inspect.getsource(layer.forward).split())) is not None
+    except OSError:  # no source (built interactively)
+        return False
 
 
 def _reads_inside(model: nn.Module, ancestor: str, path: str, parameter: str) -> bool:

@@ -20,6 +20,7 @@ from .errors import AdaptError
 from .training import AdaptedModule
 
 Row = dict[str, float]
+_OURS = "polyadapt run"  # our entry in Lightning's checkpoints
 
 
 class RunFiles(Checkpoint):
@@ -60,6 +61,7 @@ class RunFiles(Checkpoint):
         self._known: set[str] = set()
         self._validation_names: set[str] = set()
         self._validated = False
+        self._improved = False
 
     def path(self, name: str) -> Path:
         """A file of this run."""
@@ -69,17 +71,6 @@ class RunFiles(Checkpoint):
     def best_model_path(self) -> str:
         """What Lightning's `ckpt_path="best"` means: the best epoch if monitored, else the last."""
         return str(self.path("best.ckpt" if self.monitor else "last.ckpt"))
-
-    def state_dict(self) -> dict[str, Any]:
-        losses = [self._loss_sum, self._batches, self._lr]
-        names = sorted(self._validation_names)
-        return {"rows": self.rows, "best": self.best, "losses": losses, "validation_names": names}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = [dict(row) for row in state_dict["rows"]]
-        self.best = state_dict["best"]
-        self._loss_sum, self._batches, self._lr = state_dict["losses"]
-        self._validation_names = set(state_dict["validation_names"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, AdaptedModule):
@@ -111,7 +102,7 @@ class RunFiles(Checkpoint):
         self._validation_names |= set(trainer.callback_metrics) - self._known
         self._validated = not trainer.sanity_checking
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.best is not None and not self.path("best.ckpt").is_file():
             raise AdaptError(
                 f"the resumed run's best epoch is not in {self.folder}: resume in the folder of the"
@@ -119,18 +110,35 @@ class RunFiles(Checkpoint):
             )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if _tries_only(trainer) or not self._batches:
-            return  # Lightning may end a resumed epoch a second time, without any batch
-        row = self._row(trainer)
-        better = self._is_better(row, trainer)
-        self.rows.append(row)
-        self._loss_sum, self._batches, self._validated = 0.0, 0, False
+        self._finish_epoch(trainer)
+        if _tries_only(trainer):
+            return
         if trainer.is_global_zero:
             write_atomically(self.path("metrics.csv"), _table(self.rows).encode())
-        if better:
+        if self._improved:
+            self._improved = False
             _save_checkpoint(trainer, self.path("best.ckpt"))
         if trainer.is_last_batch:  # an epoch that was cut short could not be resumed
             _save_checkpoint(trainer, self.path("last.ckpt"))
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        epoch = trainer.fit_loop.epoch_progress.state_dict()["current"]
+        if epoch["processed"] == epoch["started"]:  # another callback may save at the end before us
+            self._finish_epoch(trainer)
+        # Not in `state_dict`: Lightning would ask for this callback wherever the file is used.
+        names = sorted(self._validation_names)
+        checkpoint[_OURS] = {"rows": self.rows, "best": self.best, "validation_names": names}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        ours = checkpoint.get(_OURS)
+        if ours is not None and trainer.state.fn == "fit":
+            self.rows = [dict(row) for row in ours["rows"]]
+            self.best = ours["best"]
+            self._validation_names = set(ours["validation_names"])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _tries_only(trainer) or not self.rows or not trainer.is_global_zero:
@@ -143,6 +151,14 @@ class RunFiles(Checkpoint):
         method = type(pl_module.adapters.recipe).__name__
         picture = learning_curve(self.rows, f"Learning curve: {method}, set {pl_module.set_name!r}")
         write_atomically(self.path("learning_curve.png"), picture)
+
+    def _finish_epoch(self, trainer: Trainer) -> None:
+        """Add the row of the epoch that has ended, once."""
+        if self._batches:
+            row = self._row(trainer)
+            self._improved = self._is_better(row, trainer)
+            self.rows.append(row)
+            self._loss_sum, self._batches, self._validated = 0.0, 0, False
 
     def _row(self, trainer: Trainer) -> Row:
         row: Row = {
@@ -191,7 +207,10 @@ def _table(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        # Eight digits tell the float32 values of metrics apart and show 0.1 as 0.1.
+        cells = {n: v if isinstance(v, int) else f"{v:.8g}" for n, v in row.items()}
+        writer.writerow(cells)
     return text.getvalue()
 
 
@@ -224,7 +243,7 @@ def _panels(rows: Sequence[Row]) -> dict[str, list[str]]:
     names = list(dict.fromkeys(name for row in rows for name in row))
     losses = [name for name in names if "loss" in name]
     others = [n for n in names if n not in ("epoch", "step", "lr", *losses)]
-    return {"loss (mean over the batches)": losses, **{name: [name] for name in others}}
+    return {"loss (mean over the batches)": losses, **{f"{n} (as logged)": [n] for n in others}}
 
 
 def _draw(axis: Any, rows: Sequence[Row], label: str, names: Sequence[str]) -> None:

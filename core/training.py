@@ -146,8 +146,8 @@ class AdaptedModule(LightningModule, ABC):
             module.training = False
         if self._resume is not None and not self._resume["whole_epoch"]:
             raise AdaptError(
-                "cannot resume from this checkpoint: it was written in the middle of an epoch, and"
-                " the rest of that epoch's data cannot be told; take one from the end of an epoch"
+                "cannot resume from this checkpoint: it was written before the end of an epoch, and"
+                " the rest of that epoch cannot be repeated; take one from an epoch's end"
             )
 
     def on_train_epoch_start(self) -> None:
@@ -156,7 +156,7 @@ class AdaptedModule(LightningModule, ABC):
             self._resume = None
             # Lightning made this iterator before it knew the epoch: its workers already load the
             # order of epoch 0. The uninterrupted run makes its iterator here, too.
-            iter(self.trainer.fit_loop._data_fetcher)
+            iter(self.trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
     def on_after_backward(self) -> None:
         if self._unproven:
@@ -195,7 +195,7 @@ class AdaptedModule(LightningModule, ABC):
             state[f"{prefix}{_ADAPTER}{name}"] = tensor
         return state
 
-    def load_state_dict(  # type: ignore[override]
+    def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
         """Take exactly the tensors of `state_dict`; nothing is changed when one does not fit."""
@@ -223,8 +223,11 @@ class AdaptedModule(LightningModule, ABC):
         fitting = self._trainer is not None and self._trainer.state.fn == "fit"
         self._refuse_other_settings(ours["settings"], fitting)
         if fitting:
-            batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-            self._resume = {"random": ours["random"], "whole_epoch": batches["is_last_batch"]}
+            progress = checkpoint["loops"]["fit_loop"]
+            epoch = progress["epoch_progress"]["current"]
+            over = epoch["processed"] == epoch["started"]
+            whole = over and progress["epoch_loop.batch_progress"]["is_last_batch"]
+            self._resume = {"random": ours["random"], "whole_epoch": whole}
 
     # Details
 
@@ -281,15 +284,14 @@ class AdaptedModule(LightningModule, ABC):
         found = [g for g in gradients.values() if g is not None]
         if not all(bool(g.isfinite().all()) for g in found):
             return  # on_before_optimizer_step names it, or a gradient scaler leaves the step out
-        flat = len(found) == len(gradients) and not any(bool(g.any()) for g in found)
-        if flat and self.trainer.global_step == 0:
+        if found and self.trainer.global_step == 0 and not any(bool(g.any()) for g in found):
             return  # a head that starts at zero hides all adapters, for one step
         self._unproven = False
         try:
             check_gradients(self.adapters, gradients)
         except SiteError as error:
             raise SiteError(
-                f"{error}; so does reentrant activation checkpointing: pass use_reentrant=False"
+                f"{error}, or they are checkpointed with use_reentrant=True: pass False"
             ) from None
 
     def _last_peak(self) -> str:

@@ -73,11 +73,7 @@ class Attention(Around):
     def __init__(self, batch_first: bool = True, kdim: int | None = None) -> None:
         super().__init__(None, d_out=WIDTH)
         self.batch_first = batch_first
-        self.attn = nn.MultiheadAttention(
-            WIDTH, 2, kdim=kdim, vdim=kdim, batch_first=batch_first, add_bias_kv=False
-        )
-        for bias in (self.attn.in_proj_bias, self.attn.out_proj.bias):  # zero in a fresh one
-            nn.init.normal_(bias, std=0.2)
+        self.attn = nn.MultiheadAttention(WIDTH, 2, kdim=kdim, vdim=kdim, batch_first=batch_first)
         self.narrow = kdim or WIDTH
 
     def act(self, x: Tensor) -> Tensor:
@@ -150,9 +146,7 @@ def tokens() -> Tensor:
 
 def numbers() -> Tensor:
     """A batch of token numbers."""
-    return torch.randint(
-        VOCABULARY, (BATCH, TOKENS), generator=torch.Generator().manual_seed(7)
-    )
+    return torch.randint(VOCABULARY, (BATCH, TOKENS), generator=torch.Generator().manual_seed(7))
 
 
 @dataclass(frozen=True)
@@ -167,7 +161,11 @@ class Layer:
         """The frozen backbone in eval mode; the same seed gives the same bits in any process."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.make().eval().requires_grad_(False)
+            model = self.make().eval().requires_grad_(False)
+            for parameter in model.parameters():  # fresh norms and attention biases are constants
+                if bool((parameter == parameter.flatten()[0]).all()):
+                    parameter.add_(torch.randn(parameter.shape) / 4)
+            return model
 
 
 def _conv2d(**settings: object) -> Layer:

@@ -1,7 +1,7 @@
 """The law table: one row per method; a cell is a method at a layer kind through one slot.
 
-A new method adds one row here and is then held to every law of `test_laws.py` and `test_compile.py`.
-Run as a program it is the fresh process of law 6.
+A new method adds one row here and is then held to every law of `test_laws.py` and
+`test_compile.py`. Run as a program it is the fresh process of law 6.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ class Row:
     stored: Callable[[Site], int] | None = None  # None: what is trained
     weight: bool  # it has a weight form, so it merges
     output: bool
-    fp64: float = 1e-12  # how far its two forms may be apart in an fp64 model
 
 
 def size(site: Site) -> int:
@@ -83,7 +82,6 @@ def _linear_rows() -> dict[str, Row]:
             trained=lambda site: 3 * sum(site.shape) + site.shape[0],
             weight=True,
             output=True,
-            fp64=1e-6,  # its gain m / n stays fp32 in an fp64 model
         ),
     }
 
@@ -129,7 +127,9 @@ def _baseline_rows() -> dict[str, Row]:
         "BitFit": row(BitFit(), ("bias", "bias of attention")),
         "LayerNormTuning": row(LayerNormTuning(), ("norm",)),
         "FullFineTuning": row(FullFineTuning(), (*MATRICES, *VECTORS)),
-        "HeadOnly": row(HeadOnly(), ("linear",)),
+        "HeadOnly": Row(
+            recipe=HeadOnly(), layers=("linear",), trained=size, weight=False, output=False
+        ),
     }
 
 
@@ -161,9 +161,14 @@ class Cell:
         return self.row.recipe.identity
 
     @property
+    def acts(self) -> bool:
+        """It has adapters."""
+        return self.row.weight or self.row.output
+
+    @property
     def both_forms(self) -> bool:
         """The other form can act here too."""
-        return self.slot == "output" and self.row.weight
+        return Cell(self.method, self.layer, "weight") in CELLS and self.slot == "output"
 
     def model(self, seed: int = 0) -> nn.Module:
         return LAYERS[self.layer].model(seed)
@@ -182,9 +187,7 @@ class Cell:
     ) -> AdapterSet:
         """A fresh set, as the recipe starts it."""
         generator = torch.Generator().manual_seed(seed)
-        return attach(
-            model, self.row.recipe, self.sites(model, slot), name, generator=generator
-        )
+        return attach(model, self.row.recipe, self.sites(model, slot), name, generator=generator)
 
     def adapted(self, model: nn.Module, name: str = "a", seed: int = 1) -> AdapterSet:
         """A set that has been trained, as far as any test can tell."""

@@ -35,8 +35,9 @@ class Replacement(Adapter):
 
     def weight(self, w: Tensor) -> Tensor:
         """The trained tensor in w's dtype."""
-        # A view: without grad it requires none, as W0; torch picks kernels by that flag too.
-        return self.value.view_as(self.value).to(w.dtype)
+        # Without grad it must require none, as W0: torch picks kernels by that flag even then.
+        value = self.value if torch.is_grad_enabled() else self.value.detach()
+        return value.to(w.dtype)
 
 
 def replacement(method: str, site: Site, weight: Tensor | None) -> Replacement:

@@ -1,0 +1,72 @@
+"""The order of the data and the random states: what a resumed run must repeat."""
+
+from __future__ import annotations
+
+import random
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from polyadapt.core.order import EpochSampler, epoch_loader, random_states, set_random_states
+
+
+class Noisy(Dataset[Tensor]):
+    """Index and a random number: what an augmentation in a worker would draw."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([float(index), float(torch.rand(()))])
+
+
+def batches(loader: DataLoader[Tensor], epoch: int) -> Tensor:
+    assert isinstance(loader.sampler, EpochSampler)
+    loader.sampler.set_epoch(epoch)
+    return torch.cat(list(loader))
+
+
+def test_the_order_depends_on_seed_and_epoch_only() -> None:
+    first, second = EpochSampler(50, seed=3), EpochSampler(50, seed=3)
+    _ = [list(second) for _ in range(3)], torch.rand(7), second.generator.seed()
+    for epoch in (4, 0, 4):
+        first.set_epoch(epoch)
+        second.set_epoch(epoch)
+        assert list(first) == list(second)
+        assert sorted(first) == list(range(50))
+
+
+def test_epochs_and_seeds_have_different_orders() -> None:
+    orders = set()
+    for seed in (-1, 0, 1, 2):
+        for epoch in range(4):
+            sampler = EpochSampler(50, seed=seed)
+            sampler.set_epoch(epoch)
+            orders.add(tuple(sampler))
+    assert len(orders) == 16
+
+
+def test_a_loader_leaves_the_global_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    loader = epoch_loader(torch.arange(6), batch_size=2, seed=1)  # type: ignore[arg-type]
+    assert sorted(int(n) for batch in loader for n in batch) == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_draw_the_same_numbers_in_the_same_epoch() -> None:
+    one = epoch_loader(Noisy(), batch_size=2, seed=5, num_workers=1)
+    again = epoch_loader(Noisy(), batch_size=2, seed=5, num_workers=1)
+    _ = batches(again, 0)
+    first, second = batches(one, 3), batches(again, 3)
+    assert torch.equal(first, second)
+    assert not torch.equal(first[:, 1], batches(one, 4)[:, 1])
+
+
+def test_random_states_come_back() -> None:
+    states = random_states()
+    drawn = torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.random()
+    _ = torch.rand(5), numpy.random.rand(1), random.random()
+    set_random_states(states)
+    assert (torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.random()) == drawn
