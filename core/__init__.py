@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .errors import AdaptError as AdaptError
     from .recipe import Adapter as Adapter
     from .recipe import Recipe as Recipe
+    from .run_files import RunFiles as RunFiles
     from .sets import AdapterSet as AdapterSet
     from .sets import attach as attach
     from .sets import sets_of as sets_of
@@ -28,6 +29,7 @@ _HOME = {
     "AdapterSet": "sets",
     "AdaptedModule": "training",
     "Recipe": "recipe",
+    "RunFiles": "run_files",
     "Site": "sites",
     "activate": "activation",
     "attach": "sets",

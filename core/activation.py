@@ -195,12 +195,18 @@ class Stamp:
                 self._mark(t.grad_fn)
 
     def _mark(self, node: Node) -> None:
-        key = "polyadapt", id(self.drawer)
-        if key in node.metadata:  # a skipped block returns what another forward made: that one's
+        key, notes = ("polyadapt", id(self.drawer)), _notes(node)
+        if key in notes:  # a skipped block returns what another forward made: that one's
             return
         drawer, active, thread = self.drawer, current(self.drawer), _this_thread()
-        node.metadata[key] = active
+        notes[key] = active
         node.register_prehook(lambda grads: drawer.records.note(drawer, active, thread))
+
+
+def _notes(node: Node) -> dict[Any, Any]:
+    """What Python keeps with an autograd node (a property that torch declares as a method)."""
+    notes: dict[Any, Any] = node.metadata  # type: ignore[assignment]
+    return notes
 
 
 def _this_thread() -> object:

@@ -45,10 +45,10 @@ def _run(argv: Sequence[str] | None) -> int:
     words = {"adapters": _adapters} | {
         name: _domain_command(name, entry) for name, entry in domains.items()
     }
-    return _named(asked.word, words, "domain")(asked.rest)
+    return command_named(asked.word, words, "domain")(asked.rest)
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line and not a usage text."""
 
     def error(self, message: str) -> NoReturn:
@@ -56,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _root_parser(domains: Sequence[str]) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="polyadapt",
         description="Specialise frozen backbones with small adapter sets.",
         epilog=f"domains: {', '.join(domains) or 'none is installed'}. "
@@ -89,7 +89,7 @@ def _domain_command(name: str, entry: metadata.EntryPoint) -> Command:
     return command
 
 
-def _named(word: str, table: Mapping[str, Command], kind: str) -> Command:
+def command_named(word: str, table: Mapping[str, Command], kind: str) -> Command:
     if word in table:
         return table[word]
     near = difflib.get_close_matches(word, table, n=3)
@@ -98,7 +98,9 @@ def _named(word: str, table: Mapping[str, Command], kind: str) -> Command:
 
 
 def _adapters(argv: list[str]) -> int:
-    parser = _Parser(prog="polyadapt adapters", description="Look into adapter files and use them.")
+    parser = OneLineParser(
+        prog="polyadapt adapters", description="Look into adapter files and use them."
+    )
     parser.add_argument(
         "verb",
         metavar="VERB",
@@ -109,11 +111,11 @@ def _adapters(argv: list[str]) -> int:
         "rest", nargs=argparse.REMAINDER, metavar="...", help="its file and options"
     )
     asked = parser.parse_args(argv)
-    return _named(asked.verb, {"inspect": _inspect, "merge": _merge}, "verb")(asked.rest)
+    return command_named(asked.verb, {"inspect": _inspect, "merge": _merge}, "verb")(asked.rest)
 
 
 def _inspect(argv: list[str]) -> int:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="polyadapt adapters inspect",
         description="Print the method, the sites, the counts and the backbone of an adapter file.",
     )
@@ -126,7 +128,7 @@ def _inspect(argv: list[str]) -> int:
 
 
 def _merge(argv: list[str]) -> int:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="polyadapt adapters merge",
         description="Merge a set into a backbone's weights and write them to a new file.",
     )

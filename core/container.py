@@ -39,10 +39,15 @@ def write(path: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         text = json.dumps(record, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise StoreError(f"cannot write {path}: its record is not JSON: {error}") from error
-    unsigned = save(plain, {"polyadapt": text})
-    header, start = _header(io.BytesIO(unsigned), path)
-    digest = _digest(text, header, memoryview(unsigned)[start:])
-    write_atomically(path, save(plain, {"polyadapt": text, "digest": digest}))
+    bare = save(plain)
+    header, start = _header(io.BytesIO(bare), path)
+    data = memoryview(bare)[start:]
+    signed = {"digest": _digest(text, header, data), "polyadapt": text}
+    # The library's own header would list the metadata in a random order: the same set shall give
+    # the same bytes. Not ASCII: the digits of an escape may change case without a trace.
+    head = json.dumps({"__metadata__": signed, **header}, ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    write_atomically(path, len(head).to_bytes(8, "little") + head + data)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -96,7 +101,7 @@ def _read(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]
         raise StoreError(f"{path} is damaged: its content does not fit its digest")
     record = _json(metadata["polyadapt"], path)
     try:
-        return record, load(content)
+        return record, dict(sorted(load(content).items()))
     except SafetensorError as error:
         raise StoreError(f"{path} is damaged: {error}") from error
 

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import SiteError
+from .errors import AdaptError, SiteError
 
 # Children of a block that its MLP branch may begin with, norm or MLP: timm, open_clip and GPT-2,
 # whisper, transformers' ViT, Whisper and wav2vec 2, torch's encoder and decoder layers.
-_BRANCH = ("norm2", "mlp", "ln_2", "mlp_ln", "layernorm_after", "final_layer_norm", "fc1")
-_BRANCH += ("feed_forward", "linear1", "norm3")
+_BRANCH = (
+    *("norm2", "mlp", "ln_2", "mlp_ln", "layernorm_after", "final_layer_norm", "fc1"),
+    *("feed_forward", "linear1", "norm3"),
+)
 
 
 class FFNInput:
@@ -33,7 +35,8 @@ class FFNInput:
                 f"{path} has no MLP branch that we know (one of {', '.join(_BRANCH)});"
                 f" its children: {names or 'none'}"
             )
-        self._held: dict[int, Tensor] = {}
+        self.path = path
+        self._held: dict[int, tuple[Tensor, bool]] = {}  # and whether grad was on
         self._handles = [block.register_forward_pre_hook(self._begin, prepend=True)]
         self._handles += [
             child.register_forward_pre_hook(self._catch, prepend=True, with_kwargs=True)
@@ -42,7 +45,13 @@ class FFNInput:
 
     def take(self) -> Tensor | None:
         """The state of the call that is ending, if its branch was called."""
-        return self._held.pop(_caller(), None)
+        state, with_grad = self._held.pop(_caller(), (None, True))
+        if torch.is_grad_enabled() and not with_grad:
+            raise AdaptError(
+                f"{self.path}: its MLP branch ran without grad (a reentrant checkpoint inside the"
+                " block?), so no gradient could pass through its input: use_reentrant=False"
+            )
+        return state
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -53,7 +62,8 @@ class FFNInput:
         self._held.pop(_caller(), None)  # left behind by a call that raised
 
     def _catch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._held.setdefault(_caller(), next(iter((*args, *kwargs.values()))))
+        state = next(iter((*args, *kwargs.values())))
+        self._held.setdefault(_caller(), (state, torch.is_grad_enabled()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": {}}  # a recomputed branch leaves its state behind

@@ -72,13 +72,21 @@ class FrozenLayer:
         return v
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear with the same bits for a trained and a loaded set.
+
+    For a strided x torch chooses another kernel when the weight requires grad.
+    """
+    return F.linear(x.contiguous(), weight, bias)
+
+
 class LinearLayer(FrozenLayer):
     """nn.Linear and its subclasses: stored [d_out, d_in]."""
 
     kind = "linear"
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
-        return F.linear(x, a)
+        return linear(x, a)
 
 
 class TransposedLinearLayer(LinearLayer):

@@ -54,9 +54,14 @@ def unmerge(adapter_set: AdapterSet) -> None:
     if adapter_set.name not in {owner for owner, _ in drawer.kept.values()}:
         raise AdaptError(f"set {adapter_set.name!r} is not merged")
     for (path, name), (_, old) in drawer.kept.items():
-        adapter_set.backbone.get_submodule(path)._parameters[name] = old
+        module = adapter_set.backbone.get_submodule(path)
+        new = module._parameters[name]
+        assert new is not None, "merge put it there"
+        old.data = old.data.to(new.device, new.dtype)  # if the backbone was moved or cast meanwhile
+        module._parameters[name] = old
     drawer.kept.clear()
-    drawer.default = drawer.before_merge
+    still_here = (n for n in drawer.before_merge.names if n in drawer.sets)
+    drawer.default = Active(tuple(still_here))
 
 
 def _pieces(adapter_set: AdapterSet) -> dict[tuple[str, str], list[Piece]]:

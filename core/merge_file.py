@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,22 @@ _LAYERS: dict[str, type[FrozenLayer]] = {
     "conv2d": ConvLayer,
     "parameter": FrozenLayer,
 }
+
+# What torch's reader of pickled tensors raises, depending on where the damage is.
+_STUMBLES = (
+    UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def merge_file(adapter_path: str | Path, base_path: str | Path, out_path: str | Path) -> str:
@@ -127,21 +145,30 @@ def _check_base(
 
 
 def _read_base(path: Path) -> dict[str, Tensor]:
-    from pickle import UnpicklingError
-
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise StoreError(f"there is no checkpoint {path}")
+    if path.suffix != ".safetensors":
+        return _read_torch(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"{path} cannot be read as a checkpoint: {error}") from error
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except _STUMBLES as error:
         raise StoreError(
-            f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}"
+            f"{path} cannot be read as a checkpoint: it is damaged, or holds more than tensors"
+            f" ({type(error).__name__}); only safetensors and plain state dicts are read"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    plain = isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in state.items()
+    )
+    if not plain:
         raise StoreError(f"{path} is not a state dict: names to tensors")
-    return state
+    return dict(state)

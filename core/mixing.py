@@ -80,7 +80,7 @@ def _choose(
     result: Any, other: Any, rows: list[int], axis: int, names: Sequence[str | None], where: str
 ) -> Any:
     if isinstance(result, Tensor):
-        check_batch(result.shape[axis], names, where)
+        check_batch(result.shape[axis] if result.ndim > axis else 1, names, where)
         index = torch.tensor(rows, device=result.device)
         return result.index_copy(axis, index, other.index_select(axis, index))
     if isinstance(result, tuple):

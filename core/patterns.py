@@ -35,9 +35,27 @@ class Pattern:
 
     def matcher(self, tail: bool) -> re.Pattern[str]:
         """A regular expression for whole paths, or for tails of paths that start at a dot."""
-        body = re.sub(r"(?<![^.])\\\*\\\*\\\.", r"(?:.*\\.)?", re.escape(self.path))  # `**.`
-        body = body.replace(r"\*\*", ".*").replace(r"\*", r"[^.]*")
-        return re.compile((r"(?:.*\.)?" if tail else "") + body)
+        runs: list[list[str]] = [[]]  # of components between one `**` and the next
+        for component in [*(["**"] if tail else []), *self.path.split(".")]:
+            if component == "**":
+                runs.append([])
+            else:
+                runs[-1].append(_component(component))
+        first, *later = [r"\.".join(run) for run in runs]
+        # The first place where a run fits is as good as any: atomic groups never try another, so
+        # that no pattern, whoever wrote the file it stands in, takes long.
+        body = "".join(rf"(?>(?:[^.]*\.)*?{run}\.)" for run in later[:-1] if run)
+        if later:
+            body += rf"(?:[^.]*\.)*{later[-1]}" if later[-1] else ".+"
+        return re.compile(rf"{first}\.{body}" if first and body else first + body)
+
+
+def _component(text: str) -> str:
+    """One component as a regular expression; a `*` in it stands for any characters but the dot."""
+    first, *later = map(re.escape, text.split("*"))
+    if not later:
+        return first
+    return first + "".join(rf"(?>[^.]*?{piece})" for piece in later[:-1]) + rf"[^.]*{later[-1]}"
 
 
 def parse(text: str) -> list[Pattern]:
@@ -80,4 +98,6 @@ def _read(text: str, expanded: str, choices: tuple[str, ...]) -> Pattern:
     parts = tuple(part.strip() for part in inside.split(",")) if inside is not None else ()
     if inside is not None and not all(parts):
         raise SiteError(f"pattern {text!r}: an empty part in brackets")
+    if any("**" in component and component != "**" for component in path.split(".")):
+        raise SiteError(f"pattern {text!r}: ** stands for whole components, between dots")
     return Pattern(text, path, parts, choices)

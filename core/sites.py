@@ -163,7 +163,7 @@ def _same(names: _Names, wanted: Site) -> Site:
     parts = () if wanted.part is None else (wanted.part,)
     exactly = Pattern(wanted.name, wanted.path, parts, ())
     (here,) = _sites_at(names, wanted.path, wanted.parameter, exactly)
-    if (here.kind, here.shape, here.rows) != (wanted.kind, wanted.shape, wanted.rows):
+    if any(getattr(here, f) != getattr(wanted, f) for f in ("parameter", "kind", "shape", "rows")):
         raise SiteError(
             f"{wanted.name} was a {wanted.kind} {list(wanted.shape)},"
             f" in this {type(names.model).__name__} it is a {here.kind} {list(here.shape)}"

@@ -47,6 +47,13 @@ class Around(nn.Module):
         return y
 
 
+class Strided(Around):
+    """Gives its layer a state that is not contiguous, as whisper's encoder does."""
+
+    def act(self, x: Tensor) -> Tensor:
+        return super().act(x.transpose(1, 2).contiguous().transpose(1, 2))
+
+
 class Reads(Around):
     """Uses the layer's weight without calling the layer, as many attention modules do."""
 
@@ -175,6 +182,7 @@ def _conv2d(**settings: object) -> Layer:
 LAYERS = {
     "linear": Layer(lambda: Around(nn.Linear(WIDTH, 12)), "layer"),
     "linear without bias": Layer(lambda: Around(nn.Linear(WIDTH, 12, bias=False)), "layer"),
+    "linear on a strided state": Layer(lambda: Strided(nn.Linear(WIDTH, 12)), "layer"),
     "linear that is read": Layer(lambda: Reads(nn.Linear(WIDTH, 12)), "layer"),
     "rows of a linear": Layer(lambda: Fused(nn.Linear(WIDTH, 3 * WIDTH), "qkv"), "qkv[q,v]"),
     "Conv1D": Layer(lambda: Around(Conv1D(WIDTH, 12)), "layer"),
@@ -193,4 +201,5 @@ LAYERS = {
     "bias of attention": Layer(Attention, "attn.in_proj_bias[q,v]"),
     "norm": Layer(lambda: Around(nn.Linear(WIDTH, 12)), "norm.{weight,bias}"),
     "block": Layer(lambda: Around(Block(), d_out=WIDTH), "layer"),
+    "block on a strided state": Layer(lambda: Strided(Block(), d_out=WIDTH), "layer"),
 }

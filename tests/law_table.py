@@ -35,8 +35,10 @@ from polyadapt.core.sites import Sites, SlotKind
 from polyadapt.tests.law_models import LAYERS
 
 VECTORS = ("bias", "bias of attention", "norm")
-MATRICES = tuple(name for name in LAYERS if name not in (*VECTORS, "block"))
-LINEAR = ("linear", "linear without bias", "rows of a linear", "Conv1D", "rows of a Conv1D")
+BLOCKS = ("block", "block on a strided state")
+MATRICES = tuple(name for name in LAYERS if name not in (*VECTORS, *BLOCKS))
+LINEAR = tuple(name for name in MATRICES if "linear" in name or "Conv1D" in name)
+LINEAR = tuple(name for name in LINEAR if name != "linear that is read")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +96,14 @@ def _bottleneck_rows() -> dict[str, Row]:
 
     serial = Row(
         recipe=Bottleneck(rank=3, scale=0.5),
-        layers=(*LINEAR, "embedding", "block"),
+        layers=(*LINEAR, "embedding", *BLOCKS),
         trained=lambda s: 2 * 3 * s.shape[0] + 3 + s.shape[0],
         weight=False,
         output=True,
     )
     experts = Row(
         recipe=MoSA(rank=3, experts=4, dropout=0.0),
-        layers=("block",),
+        layers=BLOCKS,
         # one dense projection, one of 4 experts with a bias each
         trained=lambda s: 2 * 3 * s.shape[0] + 3 + 4 * s.shape[0] + 2 * s.shape[0],
         stored=bottleneck(3, norm=True),
@@ -111,10 +113,10 @@ def _bottleneck_rows() -> dict[str, Row]:
     beside = Bottleneck(rank=3, placement="parallel", norm=True, activation="silu")
     return {
         "Bottleneck, serial": serial,
-        "Bottleneck, parallel": row(beside, (*LINEAR, "block"), norm=True),
-        "Bottleneck, parallel_ffn": row(Bottleneck(rank=3, placement="parallel_ffn"), ("block",)),
-        "Bottleneck, small start": row(Bottleneck(rank=3, init="small"), ("block",)),
-        "AdapterTune": row(AdapterTune(rank=3), ("block",)),
+        "Bottleneck, parallel": row(beside, (*LINEAR, *BLOCKS), norm=True),
+        "Bottleneck, parallel_ffn": row(Bottleneck(rank=3, placement="parallel_ffn"), BLOCKS),
+        "Bottleneck, small start": row(Bottleneck(rank=3, init="small"), BLOCKS),
+        "AdapterTune": row(AdapterTune(rank=3), BLOCKS),
         "MoSA": experts,
     }
 

@@ -120,6 +120,17 @@ def test_a_gain_near_one_is_not_lost_in_bf16() -> None:
     assert adapter.output(x, model(x), layer).item() == 2**-10
 
 
+def test_a_gain_of_zero_leaves_the_bias_in_bf16() -> None:
+    linear = nn.Linear(1, 1, dtype=torch.bfloat16)
+    nn.init.constant_(linear.weight, 1)
+    nn.init.constant_(linear.bias, 2**-9)
+    model = nn.Sequential(linear)
+    adapter, layer = dora_at(model, DoRA(rank=1))
+    nn.init.zeros_(adapter.m)
+    x = torch.ones(1, 1, dtype=torch.bfloat16)
+    assert adapter.output(x, model(x), layer).item() == 2**-9  # in bf16, y - b = 1 = y
+
+
 def test_autocast_stays_close_and_leaves_the_weight_exact() -> None:
     model = nn.Sequential(nn.Linear(6, 5))
     adapter, layer = dora_at(model)

@@ -154,6 +154,23 @@ def test_a_bias_that_trains_is_not_scaled(model: Any) -> None:
     torch.testing.assert_close(model[0].bias.grad, rows.sum(0))
 
 
+def test_a_layer_that_ignores_autocast_is_followed_in_its_own_dtype() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    adapter, layer = dora_at(model)
+    stir(adapter)
+    x = torch.randn(4, 6, requires_grad=True)
+    leaves = [x, *adapter.parameters()]
+    y = model(x).detach()
+    exact = adapter.output(x, y, layer)
+    expected = torch.autograd.grad(exact.square().sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        moved = adapter.output(x, y, layer)
+        assert torch.equal(moved, exact)
+        found = torch.autograd.grad(moved.square().sum(), leaves)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_second_derivatives_are_refused() -> None:
     model = nn.Sequential(nn.Linear(6, 5))
     adapter, layer = dora_at(model)

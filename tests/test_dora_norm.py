@@ -165,6 +165,7 @@ def test_copies_do_not_share_the_kept_norm(counted: list[int]) -> None:
     with torch.no_grad():
         adapter.output(x, model(x), layer)
         for twin in (copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):
+            assert twin._cached is None  # it refers to W0, which is not the adapter's to copy
             twin.B.add_(1)
             moved = twin.output(x, model(x), layer)
             torch.testing.assert_close(moved, expected(twin, layer, x))

@@ -186,10 +186,9 @@ def test_other_dtypes_keep_theirs_and_stay_close(dtype: torch.dtype) -> None:
 
 
 def test_low_precision_weights_are_added_in_fp32() -> None:
-    a, b = torch.tensor([[1.0], [2**-9]]), torch.ones(1, 2)
-    adapter = LoRAAdapter(Pair(a, b, 1.0, 0.0, False))
+    adapter = LoRAAdapter(Pair(torch.tensor([[1 + 2**-9]]), torch.ones(1, 1), 1.0, 0.0, False))
     w = torch.tensor([[-1.0]], dtype=torch.bfloat16)
-    assert adapter.weight(w).item() == 2**-9  # in bf16, B A = 1 + 2^-9 would already be 1
+    assert adapter.weight(w).item() == 2**-9  # in bf16, A would be 1
 
 
 def test_autocast_computes_the_branch_in_its_dtype_and_the_weight_exactly() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from polyadapt.core import AdaptError, LoRA, Recipe, attach
+from polyadapt.core import AdaptError, DoRA, LoRA, Recipe, attach
 from polyadapt.core.sites import Site
 from polyadapt.tests.factor_cases import lora_at, stir
 
@@ -40,6 +40,10 @@ def test_alpha_is_saved_as_the_number_that_acts() -> None:
     text = json.dumps(LoRA(rank=4, ranks={"a.*": 2}, dropout=0.1).to_json())
     assert json.loads(text)["alpha"] == 4.0
     assert Recipe.from_json(json.loads(text)) == LoRA(rank=4, ranks={"a.*": 2}, dropout=0.1)
+    ranks = {"a.*": 2}
+    recipe = LoRA(ranks=ranks)
+    ranks["a.*"] = 4
+    assert recipe.ranks == {"a.*": 2}
     assert hash(LoRA(ranks={"a": 1})) == hash(LoRA(ranks={"b": 1}))
 
 
@@ -181,6 +185,15 @@ def test_lora_plus_gives_b_its_own_rate_and_embeddings_theirs() -> None:
         "fc/A": (1e-4, 0.1),
         "fc/B": (pytest.approx(1.6e-3), 0.1),
     }
+
+
+def test_magnitudes_learn_as_fast_as_b_and_do_not_decay() -> None:
+    dora = attach(Stack(), DoRA(rank=2, lr_ratio=16), at=["embed", "fc"])
+    found = rates(dora.parameter_groups(lr=1e-4, weight_decay=0.1), dora.adapters)
+    assert found["embed/m"] == found["fc/m"]
+    assert found["fc/m"][0] == pytest.approx(1.6e-3)
+    assert found["fc/m"][1] == 0
+    assert found["embed/B"] == (1e-6, 0.1)
 
 
 def test_without_a_ratio_all_factors_learn_alike() -> None:

@@ -108,7 +108,12 @@ def test_alternatives_know_which_brace_they_come_from() -> None:
         ("**.qkv", "blocks.0.attn.qkv", True),
         ("**.qkv", "blocks.0.attn.xqkv", False),
         ("a.**.**.b", "a.b", True),
-        ("a**b", "a.x.b", True),
+        ("**.a.*.**.b", "x.a.a.y.b", True),  # the first `a` will do
+        ("**.a.b.**.c", "a.x.a.b.c", True),
+        ("**.a.b.**.c", "a.x.a.b.x", False),
+        ("fc*_*x", "fc1_2_xx", True),
+        ("fc*_*x", "fc1_2_xy", False),
+        ("*", "", True),
         ("a.b", "axb", False),  # a dot is a dot
         ("h.1", "h.11", False),
     ],
@@ -155,6 +160,8 @@ def test_a_tail_starts_at_a_dot_and_reaches_the_end(text: str, path: str, fits: 
         ("[q]", "cannot be read"),
         ("qkv[q].bias", "cannot be read"),  # parts stand at the end: qkv.bias[q]
         ("a b", "cannot be read"),
+        ("h**", "whole components, between dots"),
+        ("h.***.q", "whole components, between dots"),
         ("a/b", "cannot be read"),
         ("blocks.0, blocks.1", "cannot be read"),  # several patterns are a list
     ],
@@ -176,6 +183,13 @@ def test_braces_that_would_multiply_without_end_are_refused() -> None:
     assert len(parse("{a,b,c,d,e,f,g,h,i,j}" * 4)) == 10_000
     with pytest.raises(SiteError, match="more than 10,000 paths"):
         parse("{a,b}" * 40)
+
+
+@pytest.mark.parametrize("pattern", ["**." * 60 + "y", "*x" * 60 + "y", "**.*x*x*x*x." * 20 + "y"])
+def test_no_pattern_takes_long_to_match(pattern: str) -> None:
+    """As regular expressions of `.*` these would take years."""
+    assert not whole(pattern, ".".join(["x" * 20] * 60))
+    assert not tail(pattern, ".".join(["x" * 20] * 60))
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)

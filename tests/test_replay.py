@@ -20,6 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 from polyadapt.core import LoRA, activate, attach, select, sets_of, switch
+from polyadapt.core.drawer import drawer_of
 from polyadapt.core.errors import ReplayError
 from polyadapt.core.sites import Sites
 from polyadapt.tests.law_table import stir
@@ -275,7 +276,7 @@ def test_gradients_are_those_without_checkpoints(way: str, backward: str) -> Non
     else:
         BACKWARDS[backward](model, _image())
         _same(_gradients(model), _gradients(plain))
-    assert len(model.polyadapt_drawer.records) <= (way != "none")  # type: ignore[arg-type]
+        assert drawer_of(model).records._of == {}
 
 
 def test_two_forward_threads_may_share_one_set() -> None:
@@ -321,7 +322,7 @@ def test_a_region_whose_forward_no_module_stamped_is_refused() -> None:
     tokens = torch.randn(2, 4, 32, requires_grad=True)
     with activate(model, "b"):
         y = checkpoint(lambda z: block.attn.qkv(z) * 2, tokens, use_reentrant=True)
-    with pytest.raises(ReplayError, match="cannot be told .* call the backbone itself"):
+    with pytest.raises(ReplayError, match=r"cannot be told .* call the backbone itself"):
         y.sum().backward()
 
 
@@ -383,56 +384,3 @@ def test_the_function_that_names_a_running_backward_is_still_there() -> None:
     y.backward()
     assert seen[0] >= 0
     assert seen[1] != seen[0]
-
-
-# transformers' own switch
-
-
-def _vit() -> tuple[nn.Module, Tensor, str]:
-    from transformers import ViTConfig, ViTModel
-
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = ViTConfig(**shape, intermediate_size=48, image_size=16, patch_size=8)
-    return ViTModel(config, add_pooling_layer=False), _image(), "layers.*.attention.q_proj"
-
-
-def _gpt2() -> tuple[nn.Module, Tensor, str]:
-    from transformers import GPT2Config, GPT2Model
-
-    config = GPT2Config(
-        vocab_size=11, n_embd=32, n_layer=2, n_head=2, n_positions=8, use_cache=False
-    )
-    return GPT2Model(config), torch.arange(8).view(2, 4), "h.*.attn.c_attn[q,v]"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backward", ["after", "thread, after", "under another set"])
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("make", [_vit, _gpt2])
-def test_the_switch_of_transformers_replays_too(
-    make: Callable[[], tuple[nn.Module, Tensor, str]], reentrant: bool, backward: str
-) -> None:
-    found = []
-    for checkpointed in (False, True):
-        torch.manual_seed(0)
-        model, x, at = make()
-        _attached(model, at)
-        if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
-            model.enable_input_require_grads()  # type: ignore[operator]
-        model.train()
-        with activate(model, "b"):
-            loss = _loss(model(x).last_hidden_state)
-        _backward_of(backward, model, loss)
-        found.append(_gradients(model))
-    _same(found[1], found[0])
-
-
-def _backward_of(how: str, model: nn.Module, loss: Tensor) -> None:
-    if how == "thread, after":
-        _in_thread(loss.backward)
-    elif how == "under another set":
-        with activate(model, "a"):
-            loss.backward()
-    else:
-        loss.backward()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -60,13 +61,8 @@ def pictures(number: int = 20) -> TensorDataset:
 
 
 def fit(task: AdaptedModule, number: int = 20, **options: Any) -> Trainer:
-    quiet = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    shown = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger")
+    quiet = {"accelerator": "cpu", **dict.fromkeys(shown, False)}
     trainer = Trainer(**{"max_epochs": 1, **quiet, **options})
     loader: DataLoader[Any] = epoch_loader(pictures(number), 4, seed=0)
     trainer.fit(task, loader)
@@ -253,6 +249,17 @@ def test_a_gradient_that_is_not_finite_is_refused_by_name_before_the_step() -> N
     message = "step 1: the gradient of head.bias is not finite; no step was taken before"
     with pytest.raises(AdaptError, match=message):
         fit(task)
+    assert all(torch.equal(started[n], t) for n, t in task.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_a_gradient_scaler_may_leave_a_step_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Cusp(LoRA(rank=2), QKV)
+    started = copied(task)
+    calls: list[int] = []
+    monkeypatch.setattr(task.adapters, "after_step", lambda step, total: calls.append(step))
+    fit(task, plugins=MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu")))
+    assert calls == []
     assert all(torch.equal(started[n], t) for n, t in task.state_dict().items())
 
 

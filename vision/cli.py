@@ -6,7 +6,7 @@ import argparse
 import importlib
 from collections.abc import Callable
 
-from ..core.cli import _named, _Parser
+from ..core.cli import OneLineParser, command_named
 
 Command = Callable[[list[str]], int]
 
@@ -24,7 +24,7 @@ VERBS = {
 
 def main(argv: list[str]) -> int:
     """Run `polyadapt vision VERB ...` and return its exit code."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="polyadapt vision",
         description="Adapt frozen vision transformers to classify other images.",
         epilog="`polyadapt vision VERB --help` tells a verb's options.",
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its options")
     parser.epilog = f"{lines}\n\n{parser.epilog}"
     asked = parser.parse_args(argv)
-    command = _named(asked.verb, {verb: _command(verb) for verb in VERBS}, "verb")
+    command = command_named(asked.verb, {verb: _command(verb) for verb in VERBS}, "verb")
     return command(asked.rest)
 
 

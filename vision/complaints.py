@@ -1,4 +1,4 @@
-"""What jsonargparse finds wrong with a configuration, in one line that names key and mend."""
+"""What libraries find wrong with a configuration, in one line that names key and mend."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ..core.errors import AdaptError
 
@@ -24,6 +25,23 @@ def in_one_line(parser: ArgumentParser, classes: Classes) -> Iterator[None]:
     except ArgumentError as error:
         keys = list(parser.get_defaults(skip_validation=True).keys())
         raise AdaptError(condensed(str(error), keys, classes)) from error
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turn what Lightning or a data worker says about a user's mistake into an `AdaptError`."""
+    try:
+        yield
+    except AdaptError as error:
+        if str(error).startswith("Caught "):  # a worker sends its traceback as the message
+            raise AdaptError(str(error).splitlines()[-1].partition(": ")[2]) from None
+        raise
+    except MisconfigurationException as error:
+        raise AdaptError(" ".join(str(error).split())) from error
+    except RuntimeError as error:
+        if "conditioned on metric" in str(error):  # EarlyStopping's words
+            raise AdaptError(" ".join(str(error).split())) from error
+        raise
 
 
 def condensed(complaint: str, keys: Collection[str], classes: Classes) -> str:

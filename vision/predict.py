@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.cli import _Parser
+from ..core.cli import OneLineParser
 from ..core.container import write_atomically
 from ..core.errors import AdaptError, StoreError
 from ..core.store import load, read_file
@@ -153,7 +153,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="polyadapt vision predict",
         description="Classify images with an adapter file; it names its backbone and its classes.",
     )

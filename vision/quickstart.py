@@ -1,7 +1,7 @@
 """`polyadapt vision quickstart`: a frozen tiny ViT, real digits, several methods side by side.
 
 300 labelled digits, upright and inverted, three seeds. Every method starts from the same frozen
-backbone and the same converged head; what wins is shown, a support vector machine on raw pixels too.
+backbone and the same converged head; what wins is shown, also a support vector machine on pixels.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..core.adapters.full_fine_tuning import FullFineTuning
 from ..core.adapters.head_only import HeadOnly
 from ..core.adapters.lora import LoRA
 from ..core.adapters.mosa import MoSA
+from ..core.cli import OneLineParser
 from ..core.container import write_atomically
 from ..core.errors import AdaptError
 from ..core.order import epoch_loader
@@ -90,7 +91,9 @@ def main(argv: Sequence[str] = ()) -> int:
     for found in _in_processes(jobs):
         results += found
         best = max(found, key=lambda result: result.accuracy)
-        print(f"  {found[0].variant}, seed {found[0].seed}: best {best.method}, {best.accuracy:.1%}")
+        print(
+            f"  {found[0].variant}, seed {found[0].seed}: best {best.method}, {best.accuracy:.1%}"
+        )
     for variant in VARIANTS:
         print(f"\n{variant} digits, test accuracy in % (mean and each seed):")
         print(table([result for result in results if result.variant == variant]))
@@ -168,7 +171,13 @@ class _Split:
         return self._result(method.name, accuracy, *counts, started, str(file))
 
     def _result(
-        self, method: str, accuracy: float, trained: int, stored: int, started: float, file: str = ""
+        self,
+        method: str,
+        accuracy: float,
+        trained: int,
+        stored: int,
+        started: float,
+        file: str = "",
     ) -> Result:
         seconds = time.perf_counter() - started
         return Result(self.variant, self.seed, method, accuracy, trained, stored, seconds, file)
@@ -230,7 +239,7 @@ def _what_next(out: Path, results: Sequence[Result], seconds: float) -> str:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("polyadapt vision quickstart", description=__doc__)
+    parser = OneLineParser(prog="polyadapt vision quickstart", description=__doc__)
     parser.add_argument("--out", default="runs/quickstart", help="folder for what it writes")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated seeds")
     asked = parser.parse_args(argv)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ..core.activation import activate
+from ..core.sets import AdapterSet
 from ..core.store import load
 from .backbones import TinyViT
 from .digits import Digits, digits
@@ -87,7 +88,7 @@ def picture(results: Sequence[Result], examples: Digits) -> bytes:
 
 
 def sets_in_use(results: Sequence[Result], seed: int) -> str:
-    """Load both LoRA files on one backbone, switch between them, merge one; every figure measured."""
+    """Load both LoRA files on one backbone, switch between them, merge one; all measured."""
     spec = TinyViT()
     backbone = spec.build().eval()
     wants = spec.preprocessing(backbone)
@@ -107,12 +108,12 @@ def sets_in_use(results: Sequence[Result], seed: int) -> str:
     return "\n".join([*lines, _merged(backbone, sets["upright"], images)])
 
 
-def _merged(backbone: nn.Module, adapters: nn.Module, images: Tensor) -> str:
-    with activate(backbone, "upright"):
-        before = _logits(backbone, adapters.head, images)  # type: ignore[arg-type]
-    adapters.merge()  # type: ignore[operator]
-    after = _logits(backbone, adapters.head, images)  # type: ignore[arg-type]
-    adapters.unmerge()  # type: ignore[operator]
+def _merged(backbone: nn.Module, adapters: AdapterSet, images: Tensor) -> str:
+    with activate(backbone, adapters.name):
+        before = _logits(backbone, adapters.head, images)
+    adapters.merge()
+    after = _logits(backbone, adapters.head, images)
+    adapters.unmerge()
     return f"  merged into the weights: logits differ by at most {(after - before).abs().max():.1e}"
 
 

@@ -129,7 +129,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     if not path.is_file():
         raise AdaptError(f"there is no file {path}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, because NumPy leaves a file that is no archive open.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (AttributeError, EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise AdaptError(f"{path} is not a whole .npz file of plain arrays: {error}") from error

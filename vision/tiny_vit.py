@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core.errors import AdaptError
 
 WEIGHTS = Path(__file__).parent / "weights" / "tiny_vit.safetensors"
+PRETRAINING_HEAD = "pretraining_head."  # the file's letter classifier, which nothing else needs
 IMAGE_SIZE = 24
 PATCH_SIZE = 6
 DATA_CONFIG: dict[str, Any] = {
@@ -107,12 +108,15 @@ def tiny_vit(pretrained: bool = True) -> VisionTransformer:
         num_heads=3,
         embed_layer=ConvStem,
     )
-    model.pretrained_cfg = {"architecture": "tiny_vit", "num_classes": 0} | DATA_CONFIG
+    config = {"architecture": "tiny_vit", "num_classes": 0} | DATA_CONFIG
+    model.__dict__["pretrained_cfg"] = config  # a plain attribute, as timm sets it
     if pretrained:
         if not WEIGHTS.is_file():
             raise AdaptError(
                 f"the tiny ViT has no weight file {WEIGHTS.name}: reinstall the package, or make "
                 "it with `polyadapt vision pretrain-tiny`"
             )
-        model.load_state_dict(load_file(WEIGHTS))
+        weights = load_file(WEIGHTS)
+        own = {n: t for n, t in weights.items() if not n.startswith(PRETRAINING_HEAD)}
+        model.load_state_dict(own)
     return model

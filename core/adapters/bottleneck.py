@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ..errors import SiteError
+from ..layers import linear
 from ..recipe import Adapter, Recipe, require, require_finite, require_rank
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def _normed(h: Tensor, t: Projections) -> Tensor:
 
 
 def _linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype))
+    return linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype))
 
 
 def _cpu(*shape: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..layers import linear
 from ..recipe import Adapter
 from .lora import LoRA, Pair, PairAdapter, widened, without_autocast
 
@@ -29,7 +30,7 @@ SMALLEST_NORM = 1e-12  # a row of zeros keeps its direction; NaN stays NaN
 # at most one bit more than keeping the base product would cost; rows below are computed anew.
 SMALLEST_GAIN = 0.5
 
-_Cached = tuple[tuple[object, ...], tuple[Tensor, ...], Tensor]  # key, tensors read, n
+_Cached = tuple[tuple[tuple[int, int], ...], Tensor, tuple[Tensor, ...]]  # key, n, tensors read
 
 
 def row_norm(w0: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -40,13 +41,11 @@ def row_norm(w0: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """
     w0, a, b = w0.detach(), a.detach(), b.detach()
     rows = max(1, CHUNK_ELEMENTS // w0.shape[1])
-    starts = range(0, w0.shape[0], rows)
-    with without_autocast(w0):
-        norms = [
-            torch.linalg.vector_norm(widened(w0[i : i + rows], a, b[i : i + rows], scale), dim=1)
-            for i in starts
-        ]
-        return torch.cat(norms).clamp_min(SMALLEST_NORM)
+    norms = [
+        torch.linalg.vector_norm(widened(w0[i : i + rows], a, b[i : i + rows], scale), dim=1)
+        for i in range(0, w0.shape[0], rows)
+    ]
+    return torch.cat(norms).clamp_min(SMALLEST_NORM)
 
 
 class DoRAAdapter(PairAdapter):
@@ -104,15 +103,16 @@ class DoRAAdapter(PairAdapter):
         read = (layer.stored, self.A, self.B)
         if _traced() or any(t.is_inference() for t in read):  # no versions to compare
             return row_norm(layer.matrix(), self.A, self.B, self.scale)
-        key = tuple(part for t in read for part in _identity(t))
+        key = tuple((t._version, t.data_ptr()) for t in read)
         cached = self._cached
         if cached is None or cached[0] != key:
             # Outside of inference mode, or the kept tensor could not be used in training.
             with torch.inference_mode(False), torch.no_grad():
                 norm = row_norm(layer.matrix(), self.A, self.B, self.scale)
-            cached = (key, read, norm)  # one assignment: other threads see all of it or nothing
-            self._cached = cached
-        return cached[2]
+            # One assignment: other threads see all of it or nothing. `read` is held, so that no
+            # new parameter can take the address of an old one.
+            self._cached = cached = (key, norm, read)
+        return cached[1]
 
     def invalidate(self) -> None:
         """Forget the kept norm; call it after writing into a factor or W0 through `.data`."""
@@ -124,10 +124,6 @@ class DoRAAdapter(PairAdapter):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}
-
-
-def _identity(t: Tensor) -> tuple[object, ...]:
-    return id(t), t._version, t.data_ptr(), t.dtype, t.device
 
 
 def _traced() -> bool:
@@ -176,7 +172,7 @@ class DoRALinear(torch.autograd.Function):
     ) -> Tensor:
         gain = _gain(m, norm, y)
         with without_autocast(x):
-            hidden = F.linear(x, a.to(x.dtype))
+            hidden = linear(x, a.to(x.dtype))
             base = F.linear(x, w0.to(x.dtype)) if dropped else _without_bias(y, bias)
             delta = base * (gain - 1)
             del base  # one fresh buffer, filled in place: the peak is that of LoRA's forward

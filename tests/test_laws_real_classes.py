@@ -1,0 +1,179 @@
+"""The laws on classes that others wrote: timm, open_clip, openai-whisper, transformers, torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from polyadapt.core import (
+    AdaptError,
+    BitFit,
+    Bottleneck,
+    DoRA,
+    FullFineTuning,
+    LayerNormTuning,
+    LoRA,
+    MoSA,
+    Recipe,
+    activate,
+    attach,
+    load,
+    sets_of,
+)
+from polyadapt.core.errors import SiteError
+from polyadapt.tests.law_real_models import (
+    BATCH,
+    OTHERS,
+    TIMM,
+    Real,
+    gpt2_with_head,
+    mel,
+    transformers_whisper,
+    words,
+)
+from polyadapt.tests.law_table import stir
+
+# Importing transformers, open_clip and whisper takes seconds: timm stands for them in fast runs.
+REAL = {**TIMM, **OTHERS}
+MARKED = [pytest.param(name, marks=[pytest.mark.slow] * (name in OTHERS), id=name) for name in REAL]
+RECIPES: dict[str, Recipe] = {
+    "LoRA": LoRA(rank=2, alpha=4),
+    "DoRA": DoRA(rank=2, alpha=4),
+    "FullFineTuning": FullFineTuning(),
+    "serial": Bottleneck(rank=2),
+    "parallel_ffn": Bottleneck(rank=2, placement="parallel_ffn"),
+    "MoSA": MoSA(rank=2, experts=2),
+}
+WEIGHTS = ("LoRA", "DoRA", "FullFineTuning")
+
+by_class = pytest.mark.parametrize("real", MARKED)
+by_recipe = pytest.mark.parametrize("method", RECIPES)
+
+
+def _attach(real: Real, model: nn.Module, method: str, seed: int = 1, **settings: Any) -> Any:
+    at = real.at if method in WEIGHTS else real.blocks
+    generator = torch.Generator().manual_seed(seed)
+    return attach(model, RECIPES[method], at=at, generator=generator, **settings)
+
+
+def _supported(name: str, method: str) -> Real:
+    real = REAL[name]
+    if method in ("parallel_ffn", "MoSA") and not real.parallel:
+        pytest.skip("its blocks do not call their MLP branch in eval")
+    return real
+
+
+@torch.no_grad()
+def _run(real: Real, model: nn.Module) -> Tensor:
+    return real.call(model)
+
+
+def _apart(y: Tensor, z: Tensor) -> float:
+    return float((y - z).abs().max() / y.abs().max())
+
+
+@by_recipe
+@by_class
+def test_a_fresh_set_acts_and_changes_no_bit(real: str, method: str) -> None:
+    case = _supported(real, method)
+    model = case.model()
+    base = _run(case, model)
+    adapters = _attach(case, model, method, probe=lambda: case.call(model))
+    assert torch.equal(_run(case, model), base)
+    stir(adapters)
+    assert _apart(base, _run(case, model)) > 1e-3
+    with activate(model, None):
+        assert torch.equal(_run(case, model), base)
+
+
+@by_recipe
+@by_class
+def test_the_backbone_keeps_its_names_its_values_and_its_classes(real: str, method: str) -> None:
+    case = _supported(real, method)
+    model, base = case.model(), case.model()
+    kinds = [type(m) for m in model.modules()]
+    adapters = stir(_attach(case, model, method))
+    for path, module in base.named_modules():
+        own, here = module.state_dict(), model.get_submodule(path).state_dict()
+        assert here.keys() == own.keys()
+        assert all(torch.equal(here[key], own[key]) for key in own)
+    model.load_state_dict(base.state_dict(), strict=True)
+    adapters.detach()
+    assert [type(m) for m in model.modules()] == kinds
+    assert torch.equal(_run(case, model), _run(case, base))
+
+
+@pytest.mark.parametrize("method", WEIGHTS)
+@by_class
+def test_merged_equals_unmerged_and_comes_back(real: str, method: str) -> None:
+    case = REAL[real]
+    model = case.model()
+    adapters = stir(_attach(case, model, method))
+    y = _run(case, model)
+    adapters.merge()
+    assert _apart(y, _run(case, model)) < 5e-6
+    adapters.unmerge()
+    assert torch.equal(_run(case, model), y)
+
+
+@by_recipe
+@by_class
+def test_a_file_gives_the_same_bits_on_a_new_model(real: str, method: str, tmp_path: Path) -> None:
+    case = _supported(real, method)
+    model, other = case.model(), case.model()
+    stir(_attach(case, model, method)).save(tmp_path / "a.safetensors")
+    load(other, tmp_path / "a.safetensors")
+    assert torch.equal(_run(case, other), _run(case, model))
+
+
+@by_recipe
+@by_class
+def test_gradients_reach_every_adapter_tensor(real: str, method: str) -> None:
+    case = _supported(real, method)
+    model = case.model()
+    adapters = stir(_attach(case, model, method))
+    y = case.call(model)
+    (y * torch.linspace(-1, 1, y.numel()).cos().view(y.shape)).sum().backward()
+    missing = [n for n, p in adapters.named_parameters() if p.grad is None or not p.grad.any()]
+    assert missing == []
+    assert all(p.grad is None for n, p in model.named_parameters() if "drawer" not in n)
+
+
+@by_recipe
+@by_class
+def test_a_mixed_batch_is_right_or_refused_by_name(real: str, method: str) -> None:
+    case = _supported(real, method)
+    model = case.model()
+    base = _run(case, model)
+    stir(_attach(case, model, method, name="a"))
+    y = _run(case, model)
+    names = [None, "a", None]
+    if case.mixes and method in WEIGHTS:
+        with pytest.raises(AdaptError, match=case.mixes), activate(model, per_sample=names):
+            _run(case, model)
+        return
+    with activate(model, per_sample=names):
+        mixed = _run(case, model)
+    for part in range(0, len(y), BATCH):  # CLIP returns two parts
+        assert torch.equal(mixed[part], base[part])
+        assert torch.equal(mixed[part + 2], base[part + 2])
+        assert _apart(y[part + 1], mixed[part + 1]) < 5e-6
+
+
+@pytest.mark.parametrize("recipe", [BitFit(), LayerNormTuning()], ids=["BitFit", "norms"])
+@by_class
+def test_the_baselines_find_their_own_sites(real: str, recipe: Recipe) -> None:
+    case = REAL[real]
+    model = case.model()
+    adapters = attach(model, recipe, probe=lambda: case.call(model))
+    ends = ("bias",) if isinstance(recipe, BitFit) else ("bias", "weight")
+    wanted = [
+        name
+        for name, parameter in case.model().named_parameters()
+        if name.endswith(ends) and (isinstance(recipe, BitFit) or "norm" in name or "ln" in name)
+    ]
+    assert {site.name for site in adapters.sites} >= set(wanted)
