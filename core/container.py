@@ -44,8 +44,9 @@ def write(path: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     data = memoryview(bare)[start:]
     signed = {"digest": _digest(text, header, data), "polyadapt": text}
     # The library's own header would list the metadata in a random order: the same set shall give
-    # the same bytes. Not ASCII: the digits of an escape may change case without a trace.
-    head = json.dumps({"__metadata__": signed, **header}, ensure_ascii=False).encode()
+    # the same bytes. Neither blanks nor escapes, which could change without a trace.
+    whole = {"__metadata__": signed, **header}
+    head = json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     write_atomically(path, len(head).to_bytes(8, "little") + head + data)
 

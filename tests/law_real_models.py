@@ -49,7 +49,9 @@ class Real:
             model = self.make().eval().requires_grad_(False)
             for parameter in model.parameters():
                 wide = parameter.ndim > 1 and parameter[0].numel() ** -0.5
-                parameter.normal_(std=wide) if wide else parameter.add_(torch.randn_like(parameter) / 4)
+                parameter.normal_(std=wide) if wide else parameter.add_(
+                    torch.randn_like(parameter) / 4
+                )
         return model
 
 

@@ -41,98 +41,68 @@ LINEAR = tuple(name for name in MATRICES if "linear" in name or "Conv1D" in name
 LINEAR = tuple(name for name in LINEAR if name != "linear that is read")
 
 
+Count = Callable[[Site], int]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """What a method promises: where it can sit, in which forms, and how many numbers it has."""
 
     recipe: Recipe
     layers: Sequence[str]
-    trained: Callable[[Site], int]  # the formula of its card, for one site
-    stored: Callable[[Site], int] | None = None  # None: what is trained
-    weight: bool  # it has a weight form, so it merges
-    output: bool
+    trained: Count  # the formula of its card, for one site
+    stored: Count | None = None  # None: what is trained
+    weight: bool = False  # it has a weight form, so it merges
+    output: bool = False
+    like: str = ""  # the row of the same adapter class: its cells stand for these in fast runs
 
 
-def size(site: Site) -> int:
+def size(s: Site) -> int:
     """Numbers of the adapted rows."""
-    return torch.Size(site.shape).numel()
+    return torch.Size(s.shape).numel()
 
 
-def pair(r: int) -> Callable[[Site], int]:
-    """r (d_in + d_out)."""
-    return lambda site: r * sum(site.shape)
+def pair(s: Site) -> int:
+    """A [3, d_in] and B [d_out, 3]."""
+    return 3 * sum(s.shape)
 
 
-def bottleneck(r: int, norm: bool = False) -> Callable[[Site], int]:
-    """r d_in + r + d_out r + d_out, and 2 d_in for a norm; a block's width is both."""
-    return lambda s: r * (s.shape[-1] + 1) + s.shape[0] * (r + 1) + 2 * norm * s.shape[-1]
+def serial(s: Site) -> int:
+    """d to 3 to d channels, with biases; a block's shape is (d,)."""
+    return 2 * 3 * s.shape[0] + 3 + s.shape[0]
 
 
-def _linear_rows() -> dict[str, Row]:
-    def row(recipe: Recipe) -> Row:
-        return Row(recipe=recipe, layers=MATRICES, trained=pair(3), weight=True, output=True)
+def parallel(s: Site) -> int:
+    """d_in to 3 to d_out channels, with biases."""
+    return 3 * s.shape[-1] + 3 + 3 * s.shape[0] + s.shape[0]
 
+
+def norm(s: Site) -> int:
+    """A LayerNorm over the input."""
+    return 2 * s.shape[-1]
+
+
+def both_forms(recipe: Recipe, trained: Count = pair, like: str = "") -> Row:
+    """A method at every matrix; with dropout, only where a layer is called."""
     called = [name for name in MATRICES if _slot(name) == "output"]
-    dropped = {"layers": called, "trained": pair(3), "weight": True, "output": True}
-    return {
-        "LoRA": row(LoRA(rank=3, alpha=6)),
-        "LoRA, rank-stabilised": row(LoRA(rank=3, alpha=2, scaling="rank_stabilised")),
-        "LoRA, dropout in eval": Row(recipe=LoRA(rank=3, dropout=0.5), **dropped),  # type: ignore[arg-type]
-        "DoRA": Row(
-            recipe=DoRA(rank=3, alpha=6),
-            layers=MATRICES,
-            trained=lambda site: 3 * sum(site.shape) + site.shape[0],
-            weight=True,
-            output=True,
-        ),
-    }
+    layers = called if getattr(recipe, "dropout", 0) else MATRICES
+    return Row(recipe=recipe, layers=layers, trained=trained, weight=True, output=True, like=like)
 
 
-def _bottleneck_rows() -> dict[str, Row]:
-    def row(recipe: Recipe, layers: Sequence[str], norm: bool = False) -> Row:
-        return Row(
-            recipe=recipe, layers=layers, trained=bottleneck(3, norm), weight=False, output=True
-        )
-
-    serial = Row(
-        recipe=Bottleneck(rank=3, scale=0.5),
-        layers=(*LINEAR, "embedding", *BLOCKS),
-        trained=lambda s: 2 * 3 * s.shape[0] + 3 + s.shape[0],
-        weight=False,
-        output=True,
-    )
-    experts = Row(
-        recipe=MoSA(rank=3, experts=4, dropout=0.0),
-        layers=BLOCKS,
-        # one dense projection, one of 4 experts with a bias each
-        trained=lambda s: 2 * 3 * s.shape[0] + 3 + 4 * s.shape[0] + 2 * s.shape[0],
-        stored=bottleneck(3, norm=True),
-        weight=False,
-        output=True,
-    )
-    beside = Bottleneck(rank=3, placement="parallel", norm=True, activation="silu")
-    return {
-        "Bottleneck, serial": serial,
-        "Bottleneck, parallel": row(beside, (*LINEAR, *BLOCKS), norm=True),
-        "Bottleneck, parallel_ffn": row(Bottleneck(rank=3, placement="parallel_ffn"), BLOCKS),
-        "Bottleneck, small start": row(Bottleneck(rank=3, init="small"), BLOCKS),
-        "AdapterTune": row(AdapterTune(rank=3), BLOCKS),
-        "MoSA": experts,
-    }
+def beside(
+    recipe: Recipe,
+    layers: Sequence[str],
+    trained: Count,
+    stored: Count | None = None,
+    like: str = "",
+) -> Row:
+    """A method that acts on activations."""
+    return Row(recipe=recipe, layers=layers, trained=trained, stored=stored, output=True, like=like)
 
 
-def _baseline_rows() -> dict[str, Row]:
-    def row(recipe: Recipe, layers: Sequence[str]) -> Row:
-        return Row(recipe=recipe, layers=layers, trained=size, weight=True, output=False)
-
-    return {
-        "BitFit": row(BitFit(), ("bias", "bias of attention")),
-        "LayerNormTuning": row(LayerNormTuning(), ("norm",)),
-        "FullFineTuning": row(FullFineTuning(), (*MATRICES, *VECTORS)),
-        "HeadOnly": Row(
-            recipe=HeadOnly(), layers=("linear",), trained=size, weight=False, output=False
-        ),
-    }
+def in_place(recipe: Recipe, layers: Sequence[str]) -> Row:
+    """A method that trains a copy of a parameter."""
+    return Row(recipe=recipe, layers=layers, trained=size, weight=True)
 
 
 def _slot(layer: str) -> SlotKind:
@@ -140,7 +110,40 @@ def _slot(layer: str) -> SlotKind:
     return select(LAYERS[layer].model(), LAYERS[layer].at)[0].slot
 
 
-ROWS = {**_linear_rows(), **_bottleneck_rows(), **_baseline_rows()}
+ROWS = {
+    "LoRA": both_forms(LoRA(rank=3, alpha=6)),
+    "LoRA, rank-stabilised": both_forms(
+        LoRA(rank=3, alpha=2, scaling="rank_stabilised"), like="LoRA"
+    ),
+    "LoRA, dropout in eval": both_forms(LoRA(rank=3, dropout=0.5), like="LoRA"),
+    "DoRA": both_forms(DoRA(rank=3, alpha=6), trained=lambda s: pair(s) + s.shape[0]),
+    "Bottleneck, serial": beside(
+        Bottleneck(rank=3, scale=0.5), (*LINEAR, "embedding", *BLOCKS), serial
+    ),
+    "Bottleneck, parallel": beside(
+        Bottleneck(rank=3, placement="parallel", norm=True, activation="silu"),
+        (*LINEAR, *BLOCKS),
+        lambda s: parallel(s) + norm(s),
+    ),
+    "Bottleneck, parallel_ffn": beside(
+        Bottleneck(rank=3, placement="parallel_ffn"), BLOCKS, serial
+    ),
+    "Bottleneck, small start": beside(
+        Bottleneck(rank=3, init="small"), BLOCKS, serial, like="Bottleneck, serial"
+    ),
+    "AdapterTune": beside(AdapterTune(rank=3), BLOCKS, serial),
+    "MoSA": beside(
+        MoSA(rank=3, experts=4, dropout=0.0),
+        BLOCKS,
+        # the upper projection's experts share a matrix, and have a bias each
+        trained=lambda s: serial(s) + norm(s) + 3 * s.shape[0],
+        stored=lambda s: serial(s) + norm(s),
+    ),
+    "BitFit": in_place(BitFit(), ("bias", "bias of attention")),
+    "LayerNormTuning": in_place(LayerNormTuning(), ("norm",)),
+    "FullFineTuning": in_place(FullFineTuning(), (*MATRICES, *VECTORS)),
+    "HeadOnly": Row(recipe=HeadOnly(), layers=("linear",), trained=size),
+}
 
 
 @dataclass(frozen=True)

@@ -84,11 +84,8 @@ def test_a_compiled_model_has_the_same_values(cell: Cell) -> None:
     assert backend.graphs == 1
 
 
-@pytest.mark.parametrize(
-    "cell",
-    [pytest.param(c, marks=[pytest.mark.slow] * (n > 0)) for n, c in enumerate(WITH_GRADIENTS)],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", WITH_GRADIENTS, ids=str)
 def test_a_compiled_model_has_the_same_gradients(cell: Cell) -> None:
     assert cell in CELLS
     model, x = cell.model(), cell.inputs()  # in eval: MoSA draws at random in training

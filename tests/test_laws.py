@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from polyadapt.core import AdaptError, AdapterSet, MoSA, activate, load, select, switch
+from polyadapt.core import AdaptError, AdapterSet, MoSA, activate, attach, load, select, switch
 from polyadapt.core.errors import SiteError, StoreError
 from polyadapt.tests.law_models import BATCH
 from polyadapt.tests.law_table import CELLS, Cell, outputs_after_loading
 
-by_cell = pytest.mark.parametrize("cell", CELLS, ids=str)
-by_acting_cell = pytest.mark.parametrize("cell", [c for c in CELLS if c.acts], ids=str)
-by_merging_cell = pytest.mark.parametrize("cell", [c for c in CELLS if c.row.weight], ids=str)
+
+def _each(cells: Sequence[Cell]) -> Any:
+    """Every cell; in fast runs those that another row's class stands for are left out."""
+    marks = {True: [pytest.mark.slow], False: []}
+    params = [pytest.param(c, marks=marks[bool(c.row.like)], id=str(c)) for c in cells]
+    return pytest.mark.parametrize("cell", params)
+
+
+by_cell = _each(CELLS)
+by_acting_cell = _each([c for c in CELLS if c.acts])
+by_merging_cell = _each([c for c in CELLS if c.row.weight])
+by_twofold_cell = _each([c for c in CELLS if c.both_forms])
 
 # precision -> dtype of the backbone, and how far two equal computations may be apart, relative to
 # the largest output: measured 7e-7, 7e-16, 0.024 and 0.027. bf16 keeps 8 bits, so each of the six
@@ -78,8 +88,14 @@ def _precisely(precision: str, x: Tensor) -> tuple[Tensor, AbstractContextManage
     return x.to(dtype) if x.is_floating_point() else x, around
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("precision", "training"),
+    [
+        pytest.param(precision, training, marks=[pytest.mark.slow] * (training and n > 0))
+        for n, precision in enumerate(PRECISIONS)
+        for training in (False, True)
+    ],
+)
 @by_merging_cell
 def test_both_forms_and_the_merged_weights_agree(
     cell: Cell, precision: str, training: bool
@@ -106,6 +122,18 @@ def _without_dropout(model: nn.Module, adapters: AdapterSet, x: Tensor, training
     with torch.set_grad_enabled(training):
         y: Tensor = model(x)
     return y.detach()
+
+
+@by_acting_cell
+def test_inference_mode_gives_the_same_bits_and_training_goes_on(cell: Cell) -> None:
+    model, x = cell.model(), cell.inputs()
+    cell.adapted(model)
+    y = run(model, x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), y)
+    model(x).sum().backward()  # nothing that was kept is an inference tensor
+    with torch.inference_mode():
+        assert torch.equal(model(x), y)
 
 
 @by_cell
@@ -207,7 +235,7 @@ def test_gradients_reach_every_adapter_tensor_and_no_frozen_one(cell: Cell) -> N
     assert all(p.grad is None and not p.requires_grad for p in frozen)
 
 
-@pytest.mark.parametrize("cell", [c for c in CELLS if c.both_forms], ids=str)
+@by_twofold_cell
 def test_gradients_of_both_forms_agree(cell: Cell) -> None:
     model, twin = cell.model(), cell.model()
     adapters, by_weight = cell.adapted(model), cell.attach(twin, slot="weight")
@@ -347,8 +375,6 @@ class Unused(nn.Module):
 
 @by_acting_cell
 def test_a_site_that_nothing_calls_is_named_by_the_probe(cell: Cell) -> None:
-    from polyadapt.core import attach
-
     model = Unused(cell.model)
     inner = [site.name for site in cell.sites(cell.model())]
     used, spare = ([f"{twin}.{name}" for name in inner] for twin in ("used", "spare"))

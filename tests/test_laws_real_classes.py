@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,17 @@ from polyadapt.core import (
     activate,
     attach,
     load,
-    sets_of,
 )
-from polyadapt.core.errors import SiteError
-from polyadapt.tests.law_real_models import (
-    BATCH,
-    OTHERS,
-    TIMM,
-    Real,
-    gpt2_with_head,
-    mel,
-    transformers_whisper,
-    words,
-)
+from polyadapt.core.slots import WeightSlot
+from polyadapt.tests.law_real_models import BATCH, OTHERS, TIMM, Real
 from polyadapt.tests.law_table import stir
 
-# Importing transformers, open_clip and whisper takes seconds: timm stands for them in fast runs.
+# Importing transformers, open_clip and whisper takes seconds: these stand for all in fast runs.
+QUICK = ("timm ViT", "timm Swin V2", "timm BEiT", "nn.TransformerEncoder")
 REAL = {**TIMM, **OTHERS}
-MARKED = [pytest.param(name, marks=[pytest.mark.slow] * (name in OTHERS), id=name) for name in REAL]
+MARKED = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK), id=name) for name in REAL
+]
 RECIPES: dict[str, Recipe] = {
     "LoRA": LoRA(rank=2, alpha=4),
     "DoRA": DoRA(rank=2, alpha=4),
@@ -177,3 +171,48 @@ def test_the_baselines_find_their_own_sites(real: str, recipe: Recipe) -> None:
         if name.endswith(ends) and (isinstance(recipe, BitFit) or "norm" in name or "ln" in name)
     ]
     assert {site.name for site in adapters.sites} >= set(wanted)
+
+
+@pytest.mark.slow
+def test_open_clip_computes_an_adapted_weight_once_per_call_of_its_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = OTHERS["open_clip tower"]
+    model = case.model()
+    adapters = attach(model, LoRA(rank=2), at="transformer.resblocks.*.attn.in_proj_weight[q,v]")
+    counts: Counter[str] = Counter()
+    plain = WeightSlot.adapted
+
+    def counting(slot: WeightSlot, names: Any) -> Tensor:
+        counts[slot.path] += 1
+        return plain(slot, names)
+
+    monkeypatch.setattr(WeightSlot, "adapted", counting)
+    for training in (True, False):
+        case.call(model.train(training))
+        _run(case, model)
+    assert counts == {site.path: 4 for site in adapters.sites}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("method", WEIGHTS)
+@torch.no_grad()
+def test_a_padded_batch_of_an_encoder_is_adapted_as_nested_tensors(method: str) -> None:
+    case = OTHERS["nn.TransformerEncoder"]
+    model = case.model()
+    x = torch.randn(BATCH, 5, 16)
+    padded = torch.zeros(BATCH, 5, dtype=torch.bool)
+    padded[1, 3:] = True
+    base = model(x, src_key_padding_mask=padded)
+    adapters = _attach(case, model, method, name="a")
+    assert torch.equal(model(x, src_key_padding_mask=padded), base)
+    stir(adapters)
+    y = model(x, src_key_padding_mask=padded)
+    with activate(model, None):
+        assert torch.equal(model(x, src_key_padding_mask=padded), base)
+    # The encoder looks at its first layer's weights before it calls it.
+    refused = pytest.raises(AdaptError, match=r"layers\.0\..* is read outside the call")
+    with refused, activate(model, per_sample=[None, "a", None]):
+        model(x, src_key_padding_mask=padded)
+    adapters.merge()
+    assert _apart(y, model(x, src_key_padding_mask=padded)) < 5e-6

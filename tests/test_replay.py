@@ -2,120 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
-import timm
 import torch
-from timm.layers import set_reentrant_ckpt
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    checkpoint,
-    checkpoint_sequential,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
-from polyadapt.core import LoRA, activate, attach, select, sets_of, switch
+from polyadapt.core import LoRA, MoSA, Recipe, activate, attach, select, sets_of, switch
 from polyadapt.core.drawer import drawer_of
 from polyadapt.core.errors import ReplayError
 from polyadapt.core.sites import Sites
+from polyadapt.tests.law_checkpoints import UNCHECKPOINTED, WAYS, Tower, Way
 from polyadapt.tests.law_table import stir
-
-Way = Callable[[VisionTransformer, Tensor], Tensor]
-
-
-class Tower(nn.Module):
-    """A vision transformer whose blocks are checkpointed in one of many ways."""
-
-    def __init__(self, way: Way) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.vit = VisionTransformer(
-            img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5
-        )
-        self.way = way
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = self.vit._pos_embed(self.vit.patch_embed(image))
-        logits: Tensor = self.vit.head(self.way(self.vit, x)[:, 0])
-        return logits
-
-
-def _plain(vit: VisionTransformer, x: Tensor) -> Tensor:
-    y: Tensor = vit.blocks(x)
-    return y
-
-
-def _switch_of_timm(reentrant: bool, vit: VisionTransformer, x: Tensor) -> Tensor:
-    vit.set_grad_checkpointing(True)
-    set_reentrant_ckpt(reentrant)
-    try:
-        y: Tensor = timm.models.checkpoint_seq(vit.blocks, x)
-        return y
-    finally:
-        set_reentrant_ckpt(False)
-
-
-def _each_block(reentrant: bool, vit: VisionTransformer, x: Tensor) -> Tensor:
-    for block in vit.blocks:
-        x = checkpoint(block, x, use_reentrant=reentrant)
-    return x
-
-
-def _sequential(vit: VisionTransformer, x: Tensor) -> Tensor:
-    y: Tensor = checkpoint_sequential(vit.blocks, 2, x, use_reentrant=False)
-    return y
-
-
-def _selective(vit: VisionTransformer, x: Tensor) -> Tensor:
-    kept = [torch.ops.aten.addmm.default]
-    for block in vit.blocks:
-        contexts = partial(create_selective_checkpoint_contexts, kept)
-        x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
-    return x
-
-
-def _nested(vit: VisionTransformer, x: Tensor) -> Tensor:
-    inner = partial(_each_block, False, vit)
-    y: Tensor = checkpoint(inner, x, use_reentrant=False)
-    return y
-
-
-def _apart(vit: VisionTransformer, x: Tensor) -> Tensor:
-    for block in vit.blocks:
-        x = x + checkpoint(lambda z, b: b.attn(b.norm1(z)), x, block, use_reentrant=False)
-        x = x + checkpoint(lambda z, b: b.mlp(b.norm2(z)), x, block, use_reentrant=False)
-    return x
-
-
-def _trailing(vit: VisionTransformer, x: Tensor) -> Tensor:
-    for block in vit.blocks:
-        x = checkpoint(lambda z, b: torch.tanh(b(z)) * 1.5, x, block, use_reentrant=False)
-    return x
-
-
-def _trailing_plain(vit: VisionTransformer, x: Tensor) -> Tensor:
-    for block in vit.blocks:
-        x = torch.tanh(block(x)) * 1.5
-    return x
-
-
-WAYS: dict[str, Way] = {
-    "none": _plain,
-    "timm": partial(_switch_of_timm, False),
-    "timm, reentrant": partial(_switch_of_timm, True),
-    "block": partial(_each_block, False),
-    "block, reentrant": partial(_each_block, True),
-    "sequential": _sequential,
-    "selective": _selective,
-    "nested": _nested,
-    "apart": _apart,
-    "trailing": _trailing,
-}
 
 
 def _loss(y: Tensor) -> Tensor:
@@ -244,9 +146,12 @@ def _tower(way: Way) -> Tower:
     return model
 
 
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def _image() -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(3, 3, 16, 16, generator=generator, requires_grad=True)
+    return torch.randn(3, 3, 16, 16, generator=_seeded(1), requires_grad=True)
 
 
 def _gradients(model: nn.Module) -> list[Tensor | None]:
@@ -264,7 +169,7 @@ def _same(found: list[Tensor | None], wanted: list[Tensor | None]) -> None:
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_are_those_without_checkpoints(way: str, backward: str) -> None:
-    model, plain = _tower(WAYS[way]), _tower(_trailing_plain if way == "trailing" else _plain)
+    model, plain = _tower(WAYS[way]), _tower(UNCHECKPOINTED.get(way, WAYS["none"]))
     BACKWARDS[backward](plain, _image())
     if way != "none" and backward == "two forward threads":
         # autograd orders nodes by a counter per forward thread, so it may interleave the two
@@ -281,7 +186,7 @@ def test_gradients_are_those_without_checkpoints(way: str, backward: str) -> Non
 
 def test_two_forward_threads_may_share_one_set() -> None:
     found = []
-    for way in (_plain, WAYS["block"]):
+    for way in (WAYS["none"], WAYS["block"]):
         model, losses = _tower(way), []
         for scale in (1, 3):
             _in_thread(lambda: losses.append(scale * _forward(model, _image(), "b")))  # noqa: B023
@@ -293,7 +198,7 @@ def test_two_forward_threads_may_share_one_set() -> None:
 @pytest.mark.parametrize("way", ["block", "block, reentrant"])
 def test_a_mixed_batch_is_replayed_as_it_was(way: str) -> None:
     found = []
-    for chosen in (_plain, WAYS[way]):
+    for chosen in (WAYS["none"], WAYS[way]):
         model = _tower(chosen)
         with activate(model, per_sample=["a", None, "b"]):
             loss = _loss(model(_image()))
@@ -303,8 +208,36 @@ def test_a_mixed_batch_is_replayed_as_it_was(way: str) -> None:
     _same(found[1], found[0])
 
 
+def test_a_copy_replays_by_its_own_records() -> None:
+    model, plain = copy.deepcopy(_tower(WAYS["block"])), _tower(WAYS["none"])
+    for net in (model, plain):
+        _under_another(net, _image())
+    _same(_gradients(model), _gradients(plain))
+
+
+@pytest.mark.parametrize("way", ["block", "block, reentrant"])
+@pytest.mark.parametrize(
+    ("recipe", "at"),
+    [
+        (LoRA(rank=2, dropout=0.5), "vit.blocks.*.mlp.fc1"),
+        (MoSA(rank=2, experts=3), "vit.blocks.*"),
+    ],
+    ids=["dropout", "experts"],
+)
+def test_what_a_method_draws_is_drawn_again(recipe: Recipe, at: str, way: str) -> None:
+    found = []
+    for chosen in (WAYS["none"], WAYS[way]):
+        model = Tower(chosen).train()
+        for seed, name in enumerate(("a", "b")):
+            stir(attach(model, recipe, at=at, name=name, generator=_seeded(0)), seed)
+        torch.manual_seed(5)
+        _under_another(model, _image())
+        found.append(_gradients(model))
+    _same(found[1], found[0])
+
+
 def test_a_backward_that_raises_does_not_touch_what_comes_after() -> None:
-    model, plain = _tower(WAYS["block"]), _tower(_plain)
+    model, plain = _tower(WAYS["block"]), _tower(WAYS["none"])
     x = _image()
     x.register_hook(lambda gradient: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -317,7 +250,7 @@ def test_a_backward_that_raises_does_not_touch_what_comes_after() -> None:
 
 
 def test_a_region_whose_forward_no_module_stamped_is_refused() -> None:
-    model = _tower(_plain)
+    model = _tower(WAYS["none"])
     block = model.vit.blocks[0]
     tokens = torch.randn(2, 4, 32, requires_grad=True)
     with activate(model, "b"):

@@ -1,9 +1,8 @@
-"""`polyadapt vision ...` as a person uses it: what it writes, what it refuses, how it resumes."""
+"""`polyadapt vision ...` as a person uses it: what it writes, and how it goes on when stopped."""
 
 from __future__ import annotations
 
 import csv
-import os
 import shutil
 import signal
 import subprocess
@@ -11,78 +10,27 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
 from polyadapt.core import cli
 from polyadapt.core.store import read_file
+from polyadapt.tests.vision_cases import (
+    TINY,
+    TINY_OPTIONS,
+    Ran,
+    configuration,
+    finished,
+    noise,
+    save_labelled,
+    started,
+    train_in,
+    write,
+)
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "vision").glob("*.yaml"))
-CODE = "import sys; from polyadapt.core.cli import main; sys.exit(main(sys.argv[1:]))"
-TINY_OPTIONS = {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 2}
-TINY = {
-    "name": "vit_tiny_patch16_224",
-    "pretrained": False,
-    "img_size": 16,
-    "options": TINY_OPTIONS,
-}
-
-Run = Callable[..., "Ran"]
-
-
-class Ran(NamedTuple):
-    """What a command returned and printed."""
-
-    code: int
-    out: str
-    err: str
-
-    def line(self) -> str:
-        """The one line on stderr of a command that was refused."""
-        assert self.code == 2
-        (line,) = self.err.splitlines()
-        assert line.startswith("polyadapt: ")
-        return line
-
-
-def configuration(**changes: Any) -> dict[str, Any]:
-    """LoRA on a tiny random ViT; `changes` are values by their dotted keys."""
-    made: dict[str, Any] = {
-        "model": {
-            "backbone": {"class_path": "TimmBackbone", "init_args": dict(TINY)},
-            "adapter": {"class_path": "LoRA", "init_args": {"rank": 2}},
-            "at": "blocks.*.attn.qkv",
-        },
-        "data": {"class_path": "ArrayData", "init_args": {"path": "arrays.npz", "batch_size": 6}},
-        "trainer": {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu"},
-    }
-    for key, value in changes.items():
-        *above, last = key.split("__")
-        place = made
-        for word in above:
-            place = place.setdefault(word, {})
-        if value is None:
-            del place[last]
-        else:
-            place[last] = value
-    return made
-
-
-def write(name: str, content: dict[str, Any]) -> str:
-    Path(name).write_text(yaml.safe_dump(content))
-    return name
-
-
-def save_arrays(count: int = 24, classes: int = 3) -> None:
-    labels = np.arange(count) % classes
-    images = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
-    parts = {"train_images": images, "test_images": images[:6]}
-    labelled = {"train_labels": labels, "test_labels": labels[:6]}
-    np.savez("arrays.npz", classes=np.array(["cat", "dog", "eel"]), **parts, **labelled)
+Run = Callable[..., Ran]
 
 
 @pytest.fixture(autouse=True)
@@ -102,16 +50,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with arrays.npz, a.yaml and the run that it gave; to be copied, not changed."""
-    folder, before = tmp_path_factory.mktemp("trained"), Path.cwd()
-    os.chdir(folder)
-    try:
-        save_arrays()
-        write("a.yaml", configuration())
-        assert cli.main(["vision", "fit", "--config", "a.yaml"]) == 0
-    finally:
-        os.chdir(before)
-    return folder
+    return train_in(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture
@@ -120,18 +59,8 @@ def after_training(trained: Path, tmp_path: Path) -> None:
 
 
 def image(path: str, seed: int = 0) -> str:
-    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
+    noise(seed).save(path)
     return path
-
-
-def started(*words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", CODE, "vision", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def until(path: Path, process: subprocess.Popen[str]) -> None:
@@ -234,7 +163,7 @@ def test_predict_stops_at_an_unreadable_image_or_passes_over_it(run: Run) -> Non
 
 @pytest.mark.slow
 def test_compare_trains_each_configuration_with_each_seed() -> None:
-    save_arrays(count=60)
+    save_labelled(count=60)
     head = configuration(model__adapter="HeadOnly", model__at=None)
     write("lora.yaml", configuration(data__init_args__shots=8))
     head["data"]["init_args"]["shots"] = 8
@@ -257,7 +186,7 @@ def test_compare_trains_each_configuration_with_each_seed() -> None:
     assert Path("cmp/table.txt").read_text() in out
     assert Path("cmp/comparison.png").read_bytes()[1:4] == b"PNG"
     assert all(Path("cmp", f"head-seed{seed}", "adapter.safetensors").exists() for seed in (0, 3))
-    assert "holds a comparison" in Ran(*finished(*words)).line()
+    assert "holds a comparison" in finished(*words).line()
 
 
 def test_compare_refuses_configurations_with_other_data(run: Run) -> None:
@@ -279,7 +208,7 @@ def test_every_configuration_is_whole_and_its_model_can_be_built(path: Path) -> 
     from polyadapt.vision.configuration import VisionCLI
     from polyadapt.vision.fit import calm
 
-    save_arrays()
+    save_labelled()
     words = ["--config", str(path)]
     if "TimmBackbone" in path.read_text():
         small = {"pretrained": "false", "img_size": "16", "options": str(TINY_OPTIONS)}
@@ -296,189 +225,6 @@ def test_every_configuration_is_whole_and_its_model_can_be_built(path: Path) -> 
 def test_there_are_configurations() -> None:
     names = {path.stem for path in CONFIGS}
     assert {f"cifar10_{method}" for method in ("adaptertune", "lora", "mosa")} < names
-
-
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"modell": 1}, "unknown key 'modell'; nearest: model"),
-        ({"trainer__max_epoch": 1}, "unknown key 'trainer.max_epoch'; nearest: trainer.max_epochs"),
-        ({"model__att": "blocks.*"}, "unknown key 'model.att'; nearest: model.at"),
-        ({"model__adapter__class_path": "LoRAA"}, "'LoRAA' is none of its classes; nearest: LoRA"),
-        ({"model__adapter__class_path": "torch.nn.Linear"}, "model.adapter: 'torch.nn.Linear' is"),
-        ({"model__adapter__init_args__rnk": 3}, "LoRA has no setting 'rnk'; nearest: rank"),
-        ({"model__adapter__init_args__rank": "two"}, "init_args.rank: 'two' is not allowed: int"),
-        ({"model__adapter__init_args__rank": 0}, "LoRA: rank 0 is not allowed"),
-        ({"model__adapter__init_args__rank": 500}, "rank 500 does not fit blocks.0.attn.qkv"),
-        ({"model__at": "block.*.attn.qkv"}, "nearest: blocks.*.attn.qkv"),
-        ({"model__lr": "fast"}, "model.lr: 'fast' is not allowed: float"),
-        ({"model__lr": -1.0}, "lr=-1.0 is not allowed"),
-        ({"model__preprocessing": "imagnet"}, "'imagnet' is not allowed: backbone, imagenet"),
-        ({"model__backbone": "TinyVit"}, "'TinyVit' is none of its classes; nearest: TinyViT"),
-        ({"model__backbone__init_args__name": "vit_tny"}, "timm has no model 'vit_tny'"),
-        ({"model__backbone__init_args__name": None}, "TimmBackbone needs name"),
-        ({"model": None}, "the configuration lacks model.backbone, model.adapter"),
-        ({"data__class_path": "ArrayDat"}, "data: 'ArrayDat' is none of its classes; nearest"),
-        ({"data__init_args__pat": "x"}, "ArrayData has no setting 'pat'; nearest: path"),
-        ({"data__init_args__batch_size": "six"}, "batch_size: 'six' is not allowed: int"),
-        (
-            {"data__init_args__augmentation": "flop"},
-            "'flop' is not allowed: none, flip, random_resized_crop",
-        ),
-        ({"data__init_args__path": "gone.npz"}, "there is no file gone.npz"),
-        ({"data__init_args__shots": 100}, "shots=100: class 0 has only"),
-        ({"trainer__accelerator": "gpux"}, "gpux"),
-        ({"monitor": "val_top2", "trainer__max_epochs": 1}, "monitor='val_top2' is not logged"),
-        (
-            {"trainer__callbacks": [{"class_path": "EarlyStopp", "init_args": {}}]},
-            "trainer.callbacks",
-        ),
-        (
-            {
-                "trainer__callbacks": [
-                    {"class_path": "EarlyStopping", "init_args": {"monitor": "val_top2"}}
-                ]
-            },
-            "val_top2",
-        ),
-    ],
-)
-def test_a_wrong_configuration_is_one_line(run: Run, changes: dict[str, Any], said: str) -> None:
-    save_arrays()
-    write("a.yaml", configuration(**changes))
-    assert said in run("fit", "--config", "a.yaml").line()
-    assert not Path("runs/a/adapter.safetensors").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (None, "File does not exist"),
-        ("", "empty, or not keys with values"),
-        ("- 1\n", "empty, or not keys with values"),
-        ("model: [\n", "line"),
-    ],
-)
-def test_a_file_that_is_no_configuration_is_one_line(
-    run: Run, content: str | None, said: str
-) -> None:
-    if content is not None:
-        Path("a.yaml").write_text(content)
-    assert said in run("fit", "--config", "a.yaml").line()
-    assert not Path("runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["fti"], "unknown verb 'fti'; did you mean fit?"),
-        ([], "required: VERB"),
-        (["fit", "--bogus", "1"], "unknown key 'bogus'"),
-        (["fit", "stray"], "unknown key 'stray'"),
-        (["fit", "--resume", "runs/none"], "cannot resume runs/none"),
-        (["test", "--config", "a.yaml"], "test needs what to measure"),
-        (["test", "--config", "a.yaml", "--set", "gone.safetensors"], "gone.safetensors"),
-        (["test", "--config", "a.yaml", "--ckpt_path", "gone.ckpt"], "no checkpoint gone.ckpt"),
-        (["test", "--config", "a.yaml", "--ckpt_path", "a.yaml"], "a.yaml is no whole checkpoint"),
-        (["predict", "x.png"], "required: --set"),
-        (["predict", "--set", "gone.safetensors", "a.yaml"], "gone.safetensors"),
-        (["predict", "--set", "a.yaml", "a.yaml"], "a.yaml"),
-        (["predict", "--set", "a.yaml", "."], "holds no image"),
-        (["compare", "--configs", "a.yaml", "a.yaml", "--out", "c"], "two configurations"),
-        (["compare", "--configs", "a.yaml", "--out", "c", "--seeds", "0,0"], "different seeds"),
-        (["sites", "vit_tny_patch16_224", "blocks.*"], "nearest: vit_tiny_patch16_224"),
-        (["sites", "vit_tiny_patch16_224", "block.*"], "nearest: blocks.*"),
-    ],
-)
-def test_a_wrong_word_is_one_line(run: Run, words: list[str], said: str) -> None:
-    save_arrays()
-    write("a.yaml", configuration())
-    assert said in run(*words).line()
-    assert {path.name for path in Path().iterdir()} == {"a.yaml", "arrays.npz"}
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [("cifar_10", "nearest: CIFAR10"), ("EuroSAT", "EuroSAT is not whole in data")],
-)
-def test_a_data_set_that_cannot_be_had_is_one_line(run: Run, name: str, said: str) -> None:
-    data = {"class_path": "TorchvisionData", "init_args": {"name": name, "download": False}}
-    write("a.yaml", configuration(data=data))
-    assert said in run("fit", "--config", "a.yaml").line()
-    assert not Path("runs").exists()
-
-
-def test_data_of_one_class_is_refused_before_anything_is_written(run: Run) -> None:
-    save_arrays(classes=1)
-    write("a.yaml", configuration())
-    assert "one class, 'cat'" in run("fit", "--config", "a.yaml").line()
-    assert not Path("runs").exists()
-
-
-def image_folders() -> dict[str, Any]:
-    for name in ("cat", "dog"):
-        Path("images", name).mkdir(parents=True)
-        for index in range(4):
-            image(f"images/{name}/{index}.png", index)
-    Path("images/cat/2.png").write_bytes(b"")
-    return {"class_path": "ImageFolders", "init_args": {"root": "images", "val_share": 0.0}}
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_training_image_is_named(run: Run, workers: int) -> None:
-    data = image_folders()
-    data["init_args"]["num_workers"] = workers
-    write("a.yaml", configuration(data=data))
-    assert "cannot read the image images/cat/2.png" in run("fit", "--config", "a.yaml").line()
-    assert not Path("runs/a/adapter.safetensors").exists()
-
-
-def test_an_unreadable_training_image_is_skipped_on_request(run: Run) -> None:
-    data = image_folders()
-    data["init_args"]["on_unreadable"] = "skip"
-    write("a.yaml", configuration(data=data))
-    ran = run("fit", "--config", "a.yaml")
-    assert ran.code == 0
-    (line,) = ran.err.splitlines()
-    assert line.startswith("polyadapt: note: skipped 1 of 8 images")
-    assert line.endswith("images/cat/2.png")
-
-
-@pytest.mark.usefixtures("after_training")
-@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "pickle"])
-def test_a_damaged_adapter_file_is_one_line(run: Run, damage: str) -> None:
-    whole = Path("runs/a/adapter.safetensors").read_bytes()
-    flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
-    last = Path("runs/a/last.ckpt").read_bytes()
-    contents = {"empty": b"", "truncated": whole[:-9], "flipped": flipped, "pickle": last}
-    Path("bad.safetensors").write_bytes(contents[damage])
-    assert "bad.safetensors" in run("predict", "--set", "bad.safetensors", image("x.png")).line()
-    words = ["test", "--config", "runs/a/config.yaml", "--set", "bad.safetensors", "--run", "t"]
-    assert "bad.safetensors" in run(*words).line()
-    assert not Path("t").exists()
-
-
-@pytest.mark.usefixtures("after_training")
-def test_an_adapter_file_of_another_backbone_is_refused(run: Run) -> None:
-    other = {**TINY, "seed": 1}
-    write("b.yaml", configuration(model__backbone__init_args=other))
-    ran = run("test", "--config", "b.yaml", "--set", "runs/a/adapter.safetensors")
-    assert "was made on" in ran.line()
-    assert "seed=1" in ran.err
-
-
-@pytest.mark.usefixtures("after_training")
-def test_a_run_is_not_replaced_unless_asked(run: Run) -> None:
-    before = Path("runs/a/adapter.safetensors").read_bytes()
-    line = run("fit", "--config", "a.yaml", "--model.lr=0.01").line()
-    assert "runs/a holds a run" in line
-    assert Path("runs/a/adapter.safetensors").read_bytes() == before
-    replacing = ["fit", "--config", "a.yaml", "--model.lr=0.01", "--overwrite=true"]
-    assert run(*replacing).code == 0
-    assert Path("runs/a/adapter.safetensors").read_bytes() != before
 
 
 # Checkpoints and interrupts
@@ -505,16 +251,10 @@ def test_a_damaged_checkpoint_is_one_line(run: Run) -> None:
     assert not Path("b").exists()
 
 
-def finished(*words: str) -> tuple[int, str, str]:
-    process = started(*words)
-    out, err = process.communicate()
-    return process.returncode, out, err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_goes_on_to_the_same_file(number: signal.Signals) -> None:
-    save_arrays(count=48)
+    save_labelled(count=48)
     epochs = {"trainer__max_epochs": 40, "data__init_args__augmentation": "flip"}
     write("a.yaml", configuration(**epochs))
     folder = Path("runs/a")

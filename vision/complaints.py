@@ -22,7 +22,11 @@ def in_one_line(parser: ArgumentParser, classes: Classes) -> Iterator[None]:
     """Turn a complaint of the parser into an `AdaptError`; `classes` names those of each key."""
     try:
         yield
-    except ArgumentError as error:
+    except AdaptError:
+        raise
+    except (ArgumentError, ValueError) as error:
+        if isinstance(error, ValueError) and "Does not validate" not in str(error):
+            raise  # not the parser's own
         keys = list(parser.get_defaults(skip_validation=True).keys())
         raise AdaptError(condensed(str(error), keys, classes)) from error
 
@@ -68,6 +72,8 @@ def condensed(complaint: str, keys: Collection[str], classes: Classes) -> str:
             return tell(found)
     if found := re.search(r"Option '(.+)' is not accepted", complaint):
         return _unknown_setting(key, inside, found[1], keys)
+    if found := re.search(r"^ +- (?!Expected |Problem )(.+)$", complaint, re.MULTILINE):
+        return f"{key}: {found[1]}" if key else found[1]
     if found := re.search(r"(?:Got value|Given value): (.*)", complaint):
         return f"{key}: {found[1]!r} is not allowed: {_allowed(complaint)}"
     said = complaint.replace(f'Parser key "{key}":', "").replace('in "<unicode string>", ', "")

@@ -51,7 +51,6 @@ class VisionCLI(LightningCLI):
         super().__init__(
             ImageClassification,
             ImageData,
-            subclass_mode_data=True,
             seed_everything_default=0,
             trainer_defaults={"max_epochs": 10, "logger": False, "enable_model_summary": False},
             parser_kwargs={
@@ -67,14 +66,14 @@ class VisionCLI(LightningCLI):
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        if self.set_file is None:
-            super().add_core_arguments_to_parser(parser)
-            return
-        # The adapter file says what the model is; a model in the configuration is only compared.
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.set_defaults({f"trainer.{k}": value for k, value in self.trainer_defaults.items()})
-        parser.add_argument("--model", type=dict[str, Any] | None)
-        parser.add_lightning_class_args(ImageData, "data", subclass_mode=True)
+        if self.set_file is None:
+            parser.add_lightning_class_args(ImageClassification, "model")
+        else:  # the file says what the model is; a model in the configuration is only compared
+            parser.add_argument("--model", type=dict[str, Any] | None)
+        # Lightning's way also allows null, and then an error within the class is told of badly.
+        parser.add_argument("--data", type=ImageData, required=True, help="where images come from")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         add = parser.add_argument
@@ -100,7 +99,8 @@ class VisionCLI(LightningCLI):
         self.folder = Path(self.config.run or f"runs/{name}")
 
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
+        with in_one_line(self.parser, _class_names()):
+            super().instantiate_classes()
         if self.set_file is not None:
             self.model = ImageClassification.from_file(self.set_file)
 

@@ -70,6 +70,8 @@ def calm() -> Iterator[None]:
         with warnings.catch_warnings():
             # Asked for: images are prepared in between the steps unless num_workers is set.
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            # Meant: without a validation part there is none.
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero.*")
             warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
             warnings.formatwarning = lambda message, *_: f"polyadapt: note: {message}\n"
             for log in loggers:

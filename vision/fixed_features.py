@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_STRENGTHS = [float(c) for c in np.logspace(-3, 1.5, 10)]
+_STRENGTHS = [float(c) for c in np.logspace(-3, 1, 9)]
 
 
 @dataclass(frozen=True)

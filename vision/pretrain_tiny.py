@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def pretrain(out: Path, seed: int = 0, steps: int = STEPS, threads: int = 1) -> dict[str, float]:
-    """Train the tiny ViT to name letters, write its weights without the head, atomically.
+    """Train the tiny ViT to name letters, write its weights and that classifier, atomically.
 
     Returns the shares of freshly distorted letters that are named right: `training_fonts` and
     `held_out_fonts`. Raises `AdaptError` for steps or threads below 1 and a folder that is not

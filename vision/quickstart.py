@@ -1,7 +1,8 @@
 """`polyadapt vision quickstart`: a frozen tiny ViT, real digits, several methods side by side.
 
-300 labelled digits, upright and inverted, three seeds. Every method starts from the same frozen
-backbone and the same converged head; what wins is shown, also a support vector machine on pixels.
+300 labelled digits, upright and inverted, three seeds, the same splits for all. Settings per method
+are in `METHODS`; they were chosen on other seeds than the default ones. What wins is shown, also a
+support vector machine on raw pixels.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import logging
 import multiprocessing
 import os
 import time
@@ -55,9 +57,9 @@ class Method:
 
 
 METHODS = (
-    Method("head, SGD", HeadOnly(), lr=1e-2, steps=300, from_head=False),
-    Method("AdapterTune r8", AdapterTune(rank=8)),
-    Method("MoSA r8", MoSA(rank=8), lr=1e-2),
+    Method("head, SGD", HeadOnly(), lr=1e-2, steps=200, from_head=False),
+    Method("AdapterTune r8", AdapterTune(rank=8), lr=1e-2, from_head=False),
+    Method("MoSA r8", MoSA(rank=8), lr=1e-2, steps=150),
     Method("LoRA r8", LoRA(rank=8, alpha=16), at="blocks.*.{attn.qkv,attn.proj,mlp.fc1,mlp.fc2}"),
     Method("full fine-tuning", FullFineTuning(), lr=1e-3),
 )
@@ -191,6 +193,7 @@ def _outputs(model: torch.nn.Module, images: Tensor) -> Tensor:
 def _fit(task: torch.nn.Module, images: Tensor, labels: Tensor, steps: int, seed: int) -> None:
     from lightning.pytorch import Trainer
 
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # its greetings
     loader = epoch_loader(TensorDataset(images, labels), BATCH_SIZE, seed, drop_last=True)
     trainer = Trainer(
         max_steps=steps,
@@ -211,14 +214,8 @@ def _in_processes(jobs: Sequence[tuple[str, int, str]]) -> Iterator[list[Result]
     """Two processes of one thread each use two cores better than two threads do."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context, initializer=_quiet) as pool:
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
         yield from pool.map(compare, *zip(*jobs, strict=True))
-
-
-def _quiet() -> None:
-    import logging
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 def _write_results(path: Path, results: Sequence[Result]) -> None:

@@ -1,0 +1,125 @@
+"""Small images, configurations and commands that the tests of the vision domain share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from polyadapt.core import cli
+
+CODE = "import sys; from polyadapt.core.cli import main; sys.exit(main(sys.argv[1:]))"
+TINY_OPTIONS = {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 2}
+TINY = {
+    "name": "vit_tiny_patch16_224",
+    "pretrained": False,
+    "img_size": 16,
+    "options": TINY_OPTIONS,
+}
+
+
+class Ran(NamedTuple):
+    """What a command returned and printed."""
+
+    code: int
+    out: str
+    err: str
+
+    def line(self) -> str:
+        """The one line on stderr of a command that was refused."""
+        assert self.code == 2
+        (line,) = self.err.splitlines()
+        assert line.startswith("polyadapt: ")
+        return line
+
+
+def noise(seed: int, width: int = 20, height: int = 12) -> Image.Image:
+    """A picture of random colours."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def save_images(folder: Path, count: int) -> None:
+    """0.png, 1.png, ... in a new folder."""
+    folder.mkdir(parents=True)
+    for index in range(count):
+        noise(index).save(folder / f"{index}.png")
+
+
+def configuration(**changes: Any) -> dict[str, Any]:
+    """LoRA on a tiny random ViT; `changes` are values by their dotted keys."""
+    made: dict[str, Any] = {
+        "model": {
+            "backbone": {"class_path": "TimmBackbone", "init_args": dict(TINY)},
+            "adapter": {"class_path": "LoRA", "init_args": {"rank": 2}},
+            "at": "blocks.*.attn.qkv",
+        },
+        "data": {"class_path": "ArrayData", "init_args": {"path": "arrays.npz", "batch_size": 6}},
+        "trainer": {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu"},
+    }
+    for key, value in changes.items():
+        *above, last = key.split("__")
+        place = made
+        for word in above:
+            place = place.setdefault(word, {})
+        if value is None:
+            del place[last]
+        else:
+            place[last] = value
+    return made
+
+
+def write(name: str, content: dict[str, Any]) -> str:
+    """Save a configuration."""
+    Path(name).write_text(yaml.safe_dump(content))
+    return name
+
+
+def save_labelled(count: int = 24, classes: int = 3) -> None:
+    """arrays.npz here: pictures of random colours in classes that mean nothing."""
+    labels = np.arange(count) % classes
+    images = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    np.savez(
+        "arrays.npz",
+        train_images=images,
+        train_labels=labels,
+        test_images=images[:6],
+        test_labels=labels[:6],
+        classes=np.array(["cat", "dog", "eel"]),
+    )
+
+
+def train_in(folder: Path) -> Path:
+    """Save arrays.npz and a.yaml in a folder and train: its run is runs/a."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        save_labelled()
+        write("a.yaml", configuration())
+        assert cli.main(["vision", "fit", "--config", "a.yaml"]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def started(*words: str) -> subprocess.Popen[str]:
+    """A command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", CODE, "vision", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(*words: str) -> Ran:
+    """What such a process returned and printed."""
+    process = started(*words)
+    out, err = process.communicate()
+    return Ran(process.returncode, out, err)
