@@ -40,7 +40,6 @@ class Real:
     blocks: str  # its transformer blocks
     call: Callable[[Any], Tensor]
     mixes: str = ""  # why one set per sample is refused, if it is
-    parallel: bool = True  # its blocks have an MLP branch that we know
 
     def model(self) -> nn.Module:
         """The frozen model in eval mode, with nothing left at zero or one."""
@@ -275,6 +274,5 @@ OTHERS = {
         ["layers.*.{linear1,linear2,self_attn.out_proj}", "layers.*.self_attn.in_proj_weight[q,v]"],
         "layers.*",
         lambda m: m(_randn(BATCH, 5, 16)),
-        parallel=False,  # its fast path in eval calls none of the block's children
     ),
 }

@@ -29,11 +29,8 @@ from polyadapt.tests.law_real_models import BATCH, OTHERS, TIMM, Real
 from polyadapt.tests.law_table import stir
 
 # Importing transformers, open_clip and whisper takes seconds: these stand for all in fast runs.
-QUICK = ("timm ViT", "timm Swin V2", "timm BEiT", "nn.TransformerEncoder")
+QUICK = ("timm ViT", "timm Swin V2", "nn.TransformerEncoder")
 REAL = {**TIMM, **OTHERS}
-MARKED = [
-    pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK), id=name) for name in REAL
-]
 RECIPES: dict[str, Recipe] = {
     "LoRA": LoRA(rank=2, alpha=4),
     "DoRA": DoRA(rank=2, alpha=4),
@@ -44,21 +41,24 @@ RECIPES: dict[str, Recipe] = {
 }
 WEIGHTS = ("LoRA", "DoRA", "FullFineTuning")
 
-by_class = pytest.mark.parametrize("real", MARKED)
-by_recipe = pytest.mark.parametrize("method", RECIPES)
+
+def _marked(*values: str) -> Any:
+    return pytest.param(*values, marks=[pytest.mark.slow] * (values[0] not in QUICK))
+
+
+by_class = pytest.mark.parametrize("real", [_marked(name) for name in REAL])
+by_merging = pytest.mark.parametrize(
+    ("real", "method"), [_marked(name, method) for name in REAL for method in WEIGHTS]
+)
+by_both = pytest.mark.parametrize(
+    ("real", "method"), [_marked(name, method) for name in REAL for method in RECIPES]
+)
 
 
 def _attach(real: Real, model: nn.Module, method: str, seed: int = 1, **settings: Any) -> Any:
     at = real.at if method in WEIGHTS else real.blocks
     generator = torch.Generator().manual_seed(seed)
     return attach(model, RECIPES[method], at=at, generator=generator, **settings)
-
-
-def _supported(name: str, method: str) -> Real:
-    real = REAL[name]
-    if method in ("parallel_ffn", "MoSA") and not real.parallel:
-        pytest.skip("its blocks do not call their MLP branch in eval")
-    return real
 
 
 @torch.no_grad()
@@ -70,10 +70,9 @@ def _apart(y: Tensor, z: Tensor) -> float:
     return float((y - z).abs().max() / y.abs().max())
 
 
-@by_recipe
-@by_class
+@by_both
 def test_a_fresh_set_acts_and_changes_no_bit(real: str, method: str) -> None:
-    case = _supported(real, method)
+    case = REAL[real]
     model = case.model()
     base = _run(case, model)
     adapters = _attach(case, model, method, probe=lambda: case.call(model))
@@ -84,10 +83,9 @@ def test_a_fresh_set_acts_and_changes_no_bit(real: str, method: str) -> None:
         assert torch.equal(_run(case, model), base)
 
 
-@by_recipe
-@by_class
+@by_both
 def test_the_backbone_keeps_its_names_its_values_and_its_classes(real: str, method: str) -> None:
-    case = _supported(real, method)
+    case = REAL[real]
     model, base = case.model(), case.model()
     kinds = [type(m) for m in model.modules()]
     adapters = stir(_attach(case, model, method))
@@ -101,8 +99,7 @@ def test_the_backbone_keeps_its_names_its_values_and_its_classes(real: str, meth
     assert torch.equal(_run(case, model), _run(case, base))
 
 
-@pytest.mark.parametrize("method", WEIGHTS)
-@by_class
+@by_merging
 def test_merged_equals_unmerged_and_comes_back(real: str, method: str) -> None:
     case = REAL[real]
     model = case.model()
@@ -114,20 +111,18 @@ def test_merged_equals_unmerged_and_comes_back(real: str, method: str) -> None:
     assert torch.equal(_run(case, model), y)
 
 
-@by_recipe
-@by_class
+@by_both
 def test_a_file_gives_the_same_bits_on_a_new_model(real: str, method: str, tmp_path: Path) -> None:
-    case = _supported(real, method)
+    case = REAL[real]
     model, other = case.model(), case.model()
     stir(_attach(case, model, method)).save(tmp_path / "a.safetensors")
     load(other, tmp_path / "a.safetensors")
     assert torch.equal(_run(case, other), _run(case, model))
 
 
-@by_recipe
-@by_class
+@by_both
 def test_gradients_reach_every_adapter_tensor(real: str, method: str) -> None:
-    case = _supported(real, method)
+    case = REAL[real]
     model = case.model()
     adapters = stir(_attach(case, model, method))
     y = case.call(model)
@@ -137,10 +132,9 @@ def test_gradients_reach_every_adapter_tensor(real: str, method: str) -> None:
     assert all(p.grad is None for n, p in model.named_parameters() if "drawer" not in n)
 
 
-@by_recipe
-@by_class
+@by_both
 def test_a_mixed_batch_is_right_or_refused_by_name(real: str, method: str) -> None:
-    case = _supported(real, method)
+    case = REAL[real]
     model = case.model()
     base = _run(case, model)
     stir(_attach(case, model, method, name="a"))

@@ -16,7 +16,7 @@ _MOST_NAMES = 60  # more class names than this cannot be read beside a matrix
 
 @dataclass(frozen=True)
 class Point:
-    """One bar of a comparison: a name, its values by seed, the numbers that it trained."""
+    """One row of a comparison: a name, its values by seed, the numbers that its adapters train."""
 
     name: str
     values: tuple[float, ...]
@@ -54,7 +54,7 @@ def _write_counts(axis: Any, counts: Tensor, share: Tensor) -> None:
 
 
 def comparison(points: Sequence[Point], label: str, title: str) -> bytes:
-    """A PNG: the mean of each point as a bar, every seed as a dot, what was trained beside it.
+    """A PNG: every seed as a dot, their mean as a stroke, the size of the adapters beside it.
 
     >>> comparison([Point("lora", (0.8, 0.9), 512)], "test top-1", "One method")[1:4]
     b'PNG'
@@ -63,14 +63,12 @@ def comparison(points: Sequence[Point], label: str, title: str) -> bytes:
     axis = figure.subplots()
     for row, point in enumerate(points):
         mean = sum(point.values) / len(point.values)
-        axis.barh(row, mean, color="tab:blue", alpha=0.45)
-        axis.plot(point.values, [row] * len(point.values), "o", color="tab:blue", markersize=4)
-    names = [f"{point.name}\n{point.trained:,} trained" for point in points]
+        axis.plot(point.values, [row] * len(point.values), "o", color="tab:blue", alpha=0.6)
+        axis.plot([mean], [row], "|", color="black", markersize=18)
+    names = [f"{point.name}\n{point.trained:,} in adapters" for point in points]
     axis.set_yticks(range(len(points)), names, fontsize=8)
-    axis.invert_yaxis()
-    every = [value for point in points for value in point.values]
-    axis.set_xlim(max(0.0, min(every) - 0.15), min(1.0, max(every) + 0.05))
-    axis.set(title=title, xlabel=f"{label} (bar: mean, dot: one seed; the axis may not start at 0)")
+    axis.set_ylim(len(points) - 0.5, -0.5)
+    axis.set(title=title, xlabel=f"{label} (dot: one seed, stroke: mean)")
     axis.grid(axis="x", alpha=0.3)
     return _png(figure)
 
