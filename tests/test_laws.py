@@ -19,7 +19,7 @@ from polyadapt.tests.law_models import BATCH
 from polyadapt.tests.law_table import CELLS, Cell, outputs_after_loading
 
 
-def _each(cells: Sequence[Cell]) -> Any:
+def _each(cells: Sequence[Cell]) -> pytest.MarkDecorator:
     """Every cell; in fast runs those that another row's class stands for are left out."""
     marks = {True: [pytest.mark.slow], False: []}
     params = [pytest.param(c, marks=marks[bool(c.row.like)], id=str(c)) for c in cells]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from polyadapt.core import AdaptError, Bottleneck, LoRA, Recipe, activate, attach, sets_of
 from polyadapt.tests import law_ddp
@@ -23,7 +25,7 @@ Case = tuple[nn.Module, Tensor, str, str]  # model, input, its layers, its block
 def _vit() -> Case:
     from transformers import ViTConfig, ViTModel
 
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = ViTConfig(**shape, intermediate_size=48, image_size=16, patch_size=8)
     image = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     model = ViTModel(config, add_pooling_layer=False)
@@ -33,8 +35,8 @@ def _vit() -> Case:
 def _gpt2() -> Case:
     from transformers import GPT2Config, GPT2Model
 
-    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 8}
-    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    shape: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 8}
+    ends: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
     config = GPT2Config(**shape, **ends, vocab_size=11, use_cache=False)
     return GPT2Model(config), torch.arange(8).view(2, 4), "h.*.attn.c_attn[q,v]", "h.*"
 
@@ -98,7 +100,7 @@ def test_the_state_of_a_branch_inside_a_checkpoint_keeps_its_gradient(
 
 
 def test_two_processes_with_checkpoints_train_as_one_on_the_whole_batch(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(law_ddp.work, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(law_ddp.work, args=(str(tmp_path),), nprocs=2)
     alone = law_ddp.adapted()
     wanted = law_ddp.steps(alone, alone, tokens())
     start = list(sets_of(law_ddp.adapted())["b"].parameters())
