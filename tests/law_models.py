@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ class Conv1D(nn.Module):
 class Around(nn.Module):
     """front -> layer -> back, so that the layer's input and output both depend on others."""
 
-    layer: nn.Module
+    layer: Any
 
     def __init__(self, layer: nn.Module | None, d_in: int = WIDTH, d_out: int = 12) -> None:
         super().__init__()

@@ -152,7 +152,8 @@ def _open_clip_tower() -> nn.Module:
     from open_clip.model import VisionTransformer
 
     size = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "heads": 2}
-    return VisionTransformer(**size, mlp_ratio=2.0, output_dim=8)
+    tower: nn.Module = VisionTransformer(**size, mlp_ratio=2.0, output_dim=8)
+    return tower
 
 
 def _open_clip() -> nn.Module:
@@ -160,27 +161,38 @@ def _open_clip() -> nn.Module:
 
     eye = CLIPVisionCfg(layers=2, width=32, head_width=16, patch_size=8, image_size=16)
     reader = CLIPTextCfg(context_length=4, vocab_size=20, width=32, heads=2, layers=2)
-    return CLIP(8, eye, reader)
+    clip: nn.Module = CLIP(8, eye, reader)
+    return clip
 
 
 def _openai_whisper() -> nn.Module:
     from whisper.model import ModelDimensions, Whisper
 
-    model = Whisper(ModelDimensions(8, 10, 16, 2, 2, 20, 12, 16, 2, 2))
+    model: Any = Whisper(ModelDimensions(8, 10, 16, 2, 2, 20, 12, 16, 2, 2))
     nn.init.normal_(model.decoder.positional_embedding)  # whisper leaves it as memory was
-    return model
+    whole: nn.Module = model
+    return whole
 
 
 def transformers_whisper() -> nn.Module:
     """Whisper as transformers has it."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    shape = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    wide = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_mel_bins": 8}
-    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    shape: dict[str, Any] = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2}
+    heads: dict[str, Any] = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    wide: dict[str, Any] = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_mel_bins": 8}
+    ends: dict[str, Any] = {
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 1,
+    }
     silent: dict[str, Any] = {"suppress_tokens": [], "begin_suppress_tokens": []}
-    places = {"vocab_size": 20, "max_source_positions": 10, "max_target_positions": 12}
+    places: dict[str, Any] = {
+        "vocab_size": 20,
+        "max_source_positions": 10,
+        "max_target_positions": 12,
+    }
     config = WhisperConfig(**shape, **heads, **wide, **ends, **silent, **places)
     return WhisperForConditionalGeneration(config)
 
@@ -188,7 +200,7 @@ def transformers_whisper() -> nn.Module:
 def _gpt2_config() -> Any:
     from transformers import GPT2Config
 
-    size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    size: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16}
     return GPT2Config(**size, vocab_size=20, bos_token_id=0, eos_token_id=0)
 
 
@@ -208,7 +220,7 @@ def _gpt2() -> nn.Module:
 def _transformers_vit() -> nn.Module:
     from transformers import ViTConfig, ViTModel
 
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = ViTConfig(**shape, intermediate_size=48, image_size=16, patch_size=8)
     return ViTModel(config, add_pooling_layer=False)
 

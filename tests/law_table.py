@@ -82,10 +82,15 @@ def norm(s: Site) -> int:
     return 2 * s.shape[-1]
 
 
+def drops(recipe: Recipe) -> bool:
+    """It has dropout, which needs the input of a call."""
+    return bool(getattr(recipe, "dropout", 0))
+
+
 def both_forms(recipe: Recipe, trained: Count = pair, like: str = "") -> Row:
     """A method at every matrix; with dropout, only where a layer is called."""
     called = [name for name in MATRICES if _slot(name) == "output"]
-    layers = called if getattr(recipe, "dropout", 0) else MATRICES
+    layers = called if drops(recipe) else MATRICES
     return Row(recipe=recipe, layers=layers, trained=trained, weight=True, output=True, like=like)
 
 
@@ -217,7 +222,7 @@ def _cells() -> list[Cell]:
             slots = {natural, "weight"} if row.weight and row.output else {natural}
             slots = slots if row.output else {"weight"}
             cells += [Cell(method, layer, slot) for slot in sorted(slots)]
-    return [c for c in cells if not (c.slot == "weight" and getattr(c.row.recipe, "dropout", 0))]
+    return [c for c in cells if c.slot == "output" or not drops(c.row.recipe)]
 
 
 CELLS = _cells()

@@ -116,8 +116,8 @@ def test_a_moved_default_is_seen_by_compiled_code() -> None:
     for seed, name in enumerate("ab"):
         stir(attach(model, LoRA(rank=2), at="layer", name=name), seed)
     call, _ = _compiled(model)
-    for name in ("b", "a", None, "b"):
-        switch(model, name)
+    for chosen in ("b", "a", None, "b"):
+        switch(model, chosen)
         with torch.no_grad():
             assert torch.allclose(call(x), model(x), atol=1e-5)
 

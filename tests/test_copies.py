@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -211,13 +212,13 @@ def test_a_root_that_is_never_called_is_refused(root: nn.Module) -> None:
 
 
 def test_one_parameter_is_not_adapted_through_two_backbones() -> None:
-    model = nn.Sequential(nn.Sequential(nn.MultiheadAttention(16, 2)))
-    stir(attach(model[0], LoRA(rank=2), at="0.in_proj_weight[q]", name="inner"))  # type: ignore[arg-type]
-    inner = model[0][0].in_proj_weight.detach().clone()  # type: ignore[index, union-attr]
+    model: Any = nn.Sequential(nn.Sequential(nn.MultiheadAttention(16, 2)))
+    stir(attach(model[0], LoRA(rank=2), at="0.in_proj_weight[q]", name="inner"))
+    inner = model[0][0].in_proj_weight.detach().clone()
     with pytest.raises(SiteError, match=r"0\.0\.in_proj_weight is adapted already"):
         attach(model, LoRA(rank=2), at="0.0.in_proj_weight[v]", name="outer")
     assert sets_of(model) == {}
-    assert torch.equal(model[0][0].in_proj_weight, inner)  # type: ignore[index, union-attr]
+    assert torch.equal(model[0][0].in_proj_weight, inner)
 
 
 def test_a_set_of_a_part_keeps_learning_under_a_set_of_the_whole() -> None:

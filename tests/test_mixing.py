@@ -113,7 +113,7 @@ def test_a_reader_that_keeps_state_is_not_run_twice_for_a_mixed_batch() -> None:
 
 
 def test_a_weight_read_outside_of_its_reader_cannot_be_mixed() -> None:
-    model = LAYERS["linear that is read"].model()
+    model: Any = LAYERS["linear that is read"].model()
     attach(model, LoRA(rank=2), at="layer", name="a")
     refused = pytest.raises(AdaptError, match=r"layer\.weight is read outside the call")
     with refused, activate(model, per_sample=["a", None]):

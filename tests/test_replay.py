@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -87,10 +88,14 @@ def _two_sets(model: Tower, x: Tensor) -> None:
     (_forward(model, x, "a") + 2 * _forward(model, x, "b")).backward()
 
 
+def _append_forward(losses: list[Tensor], model: Tower, x: Tensor, name: str) -> None:
+    losses.append(_forward(model, x, name))
+
+
 def _two_threads(model: Tower, x: Tensor) -> None:
     losses: list[Tensor] = []
     for name in ("a", "b"):
-        _in_thread(lambda name=name: losses.append(_forward(model, x, name)))
+        _in_thread(partial(_append_forward, losses, model, x, name))
     torch.stack(losses).sum().backward()
 
 
@@ -251,7 +256,7 @@ def test_a_backward_that_raises_does_not_touch_what_comes_after() -> None:
 
 def test_a_region_whose_forward_no_module_stamped_is_refused() -> None:
     model = _tower(WAYS["none"])
-    block = model.vit.blocks[0]
+    block: Any = model.vit.blocks[0]
     tokens = torch.randn(2, 4, 32, requires_grad=True)
     with activate(model, "b"):
         y = checkpoint(lambda z: block.attn.qkv(z) * 2, tokens, use_reentrant=True)

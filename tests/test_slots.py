@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,7 +30,7 @@ EVERY_WEIGHT = "layer.{linear1,linear2,self_attn.out_proj,self_attn.in_proj_weig
 
 
 @pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def computed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each slot has computed its W'."""
     counts: Counter[str] = Counter()
     plain = WeightSlot.adapted
@@ -196,7 +196,7 @@ def test_gradients_are_those_of_finite_differences(layer: str) -> None:
 def test_per_sample_gradients_of_torch_func_sum_to_the_gradient(layer: str) -> None:
     model, x = LAYERS[layer].model(), tokens()
     stir(attach(model, LoRA(rank=2), at=LAYERS[layer].at))
-    trained = {n: p for n, p in model.named_parameters() if "drawer" in n}
+    trained: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if "drawer" in n}
 
     def loss(values: dict[str, Tensor], sample: Tensor) -> Tensor:
         y: Tensor = torch.func.functional_call(model, values, (sample[None],))
@@ -219,9 +219,9 @@ def test_threads_with_different_sets_do_not_mix(layer: str) -> None:
     wanted: dict[str | None, Tensor] = {}
     for seed, name in enumerate(("a", "b")):
         stir(attach(model, recipe, at=LAYERS[layer].at, name=name), seed)
-    for name in ("a", "b", None):
-        with activate(model, name), torch.no_grad():
-            wanted[name] = model(x)
+    for chosen in ("a", "b", None):
+        with activate(model, chosen), torch.no_grad():
+            wanted[chosen] = model(x)
     mistakes: list[str | None] = []
 
     def work(name: str | None) -> None:
