@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from polyadapt.core import AdaptError, AdapterSet, MoSA, activate, attach, load, select, switch
 from polyadapt.core.errors import SiteError, StoreError
 from polyadapt.tests.law_models import BATCH
-from polyadapt.tests.law_table import CELLS, Cell, outputs_after_loading
+from polyadapt.tests.law_table import CELLS, Cell, outputs_after_loading, stir
 
 
 def _each(cells: Sequence[Cell]) -> pytest.MarkDecorator:
@@ -188,6 +188,11 @@ def test_merge_and_unmerge_give_the_same_parameters_back(cell: Cell) -> None:
     y = run(model, cell.inputs())
     adapters.merge()
     assert {name: id(p) for name, p in model.named_parameters()} != held
+    merged = run(model, cell.inputs())
+    kept = {key: t.clone() for key, t in adapters.state_dict().items()}
+    stir(adapters, seed=3)  # the merged weights are the set's no longer
+    assert torch.equal(run(model, cell.inputs()), merged)
+    adapters.load_state_dict(kept)
     adapters.unmerge()
     assert {name: id(p) for name, p in model.named_parameters()} == held
     _same_state(model, base)

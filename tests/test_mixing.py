@@ -77,8 +77,10 @@ def test_a_mixed_batch_needs_one_name_per_sample(layer: str) -> None:
 def test_a_merged_set_acts_once_in_a_batch_that_names_it() -> None:
     model = LAYERS["linear"].model()
     adapters = stir(attach(model, LoRA(rank=2), at="layer", name="a"))
+    y = model(tokens())
     adapters.merge()
     merged = model(tokens())
+    assert torch.allclose(merged, y, atol=1e-5)
     with activate(model, per_sample=["a"] * BATCH):
         assert torch.equal(model(tokens()), merged)
     with pytest.raises(AdaptError, match="'a' is merged into the weights: unmerge it first"):
