@@ -122,6 +122,19 @@ class Convolved(Around):
         return y.flatten(2).transpose(1, 2)
 
 
+class FusedConvolution(Around):
+    """One 1x1 convolution to q, k and v, as hybrid networks have."""
+
+    def __init__(self) -> None:
+        super().__init__(None, d_out=WIDTH)
+        self.qkv = nn.Conv2d(WIDTH, 3 * WIDTH, 1)
+
+    def act(self, x: Tensor) -> Tensor:
+        image = x.transpose(-1, -2).unsqueeze(-1)
+        q, k, v = self.qkv(image).squeeze(-1).transpose(-1, -2).chunk(3, dim=-1)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 class Embedded(Around):
     """An embedding of token numbers; x holds those."""
 
@@ -144,6 +157,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = x + self.mlp(self.norm2(x))
+        return y
+
+
+class Unused(nn.Module):
+    """Calls `used` only."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.used, self.spare = make(), make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.used(x)
         return y
 
 
@@ -192,6 +217,7 @@ LAYERS = {
     "conv2d": _conv2d(kernel_size=3, stride=2, padding=1),
     "conv2d, dilated": _conv2d(kernel_size=(3, 2), dilation=(2, 1), padding_mode="circular"),
     "conv2d, grouped": _conv2d(kernel_size=3, groups=2, padding="same"),
+    "rows of a conv2d": Layer(FusedConvolution, "qkv[k,v]"),
     "embedding": Layer(Embedded, "layer", numbers),
     "in_proj of attention": Layer(Attention, "attn.in_proj_weight[q,v]"),
     "out_proj of attention": Layer(lambda: Attention(batch_first=False), "attn.out_proj"),

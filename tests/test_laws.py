@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from polyadapt.core import AdaptError, AdapterSet, MoSA, activate, attach, load, select, switch
 from polyadapt.core.errors import SiteError, StoreError
-from polyadapt.tests.law_models import BATCH
+from polyadapt.tests.law_models import BATCH, Unused
 from polyadapt.tests.law_table import CELLS, Cell, outputs_after_loading, stir
 
 
@@ -363,18 +363,6 @@ def test_a_set_of_other_tensors_is_refused_and_changes_nothing(cell: Cell) -> No
 
 def _each_without_one(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return [{k: t for k, t in state.items() if k != left_out} for left_out in state]
-
-
-class Unused(nn.Module):
-    """Calls `used` only."""
-
-    def __init__(self, make: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.used, self.spare = make(), make()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.used(x)
-        return y
 
 
 @by_acting_cell

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from polyadapt.core import (
     AdaptError,
     Bottleneck,
+    DoRA,
     FullFineTuning,
     LoRA,
+    Recipe,
     activate,
     attach,
     select,
@@ -250,6 +252,24 @@ def test_an_override_holds_in_its_own_thread_only() -> None:
     assert torch.equal(seen[0], adapted)
 
 
+def test_overrides_of_two_models_do_not_meet() -> None:
+    models, bare, adapted = [], [], []
+    for seed in range(2):
+        model = LAYERS["linear"].model(seed)
+        bare.append(model(tokens()))
+        stir(attach(model, LoRA(rank=2), at="layer", name="a"))
+        adapted.append(model(tokens()))
+        models.append(model)
+    first, second = models
+    with activate(first, None), activate(second, "a"):
+        assert torch.equal(first(tokens()), bare[0])
+        assert torch.equal(second(tokens()), adapted[1])
+        with activate(first, "a"), activate(second, None):
+            assert torch.equal(first(tokens()), adapted[0])
+            assert torch.equal(second(tokens()), bare[1])
+        assert torch.equal(first(tokens()), bare[0])
+
+
 def test_the_override_ends_with_an_exception_too() -> None:
     model = LAYERS["linear"].model()
     stir(attach(model, LoRA(rank=2), at="layer"))
@@ -318,6 +338,18 @@ def test_a_layer_with_a_forward_of_its_own_is_adapted_at_its_weight(layer: nn.Mo
     y = model(tokens())
     adapters.merge()
     assert torch.allclose(model(tokens()), y, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [LoRA(rank=2), DoRA(rank=2)], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("layer", ["linear", "rows of a linear", "conv2d", "rows of a conv2d"])
+def test_an_input_without_a_batch_is_a_batch_of_one(layer: str, recipe: Recipe) -> None:
+    model, seen = LAYERS[layer].model(), []
+    stir(attach(model, recipe, at=LAYERS[layer].at))
+    called = model.get_submodule(LAYERS[layer].at.split("[")[0])
+    hook = called.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(tokens()[:1])
+    hook.remove()
+    assert torch.allclose(called(seen[0][0]), called(seen[0])[0], atol=1e-5)
 
 
 def test_a_hook_that_caches_outputs_sees_the_adapted_one_whenever_it_came() -> None:
