@@ -76,6 +76,10 @@ class AdapterSet(nn.Module):
             for key, tensor in own.items():
                 tensor.copy_(state[key])
 
+    def pairs(self) -> list[tuple[Site, Adapter]]:
+        """Every site with its adapter."""
+        return list(zip(self.sites, self.adapters.values(), strict=True))
+
     def trainable_count(self) -> int:
         """Numbers that an optimiser gets."""
         return sum(p.numel() for p in self.parameters())
@@ -144,10 +148,16 @@ class AdapterSet(nn.Module):
                     parameter.requires_grad_(True)
 
     def refuse_on_top_of(self, earlier: AdapterSet) -> None:
-        """Some methods read the frozen weight: no other set may act on it before them."""
-        taken = {(s.path, s.parameter) for s in earlier.sites}
-        for site, adapter in zip(self.sites, self.adapters.values(), strict=True):
-            if adapter.needs_first and (site.path, site.parameter) in taken:
+        """Some methods read the frozen weight; and a weight is read before its layer returns."""
+        taken = {(s.path, s.parameter): _on_output(s, a) for s, a in earlier.pairs()}
+        for site, adapter in self.pairs():
+            key = site.path, site.parameter
+            if taken.get(key) and not _on_output(site, adapter):
+                raise AdaptError(
+                    f"set {self.name!r} acts on the weight of {site.name}, {earlier.name!r} on what"
+                    f" the layer returns: name {self.name!r} first"
+                )
+            if adapter.needs_first and key in taken:
                 raise AdaptError(
                     f"set {self.name!r} ({type(self.recipe).__name__}) reads the frozen weight of"
                     f" {site.name}: name it before {earlier.name!r}"
@@ -237,6 +247,11 @@ def _build(model: nn.Module, recipe: Recipe, site: Site, generator: Generator | 
             f" {site.slot} form; methods with one act there (LoRA, DoRA), or choose other sites"
         )
     return adapter
+
+
+def _on_output(site: Site, adapter: Adapter) -> bool:
+    """The adapter changes what the layer returns, not the weight that it reads."""
+    return site.slot == "output" and isinstance(adapter, ActsOnOutput)
 
 
 def build_set(

@@ -120,3 +120,11 @@ def test_a_weight_read_outside_of_its_reader_cannot_be_mixed() -> None:
     refused = pytest.raises(AdaptError, match=r"layer\.weight is read outside the call")
     with refused, activate(model, per_sample=["a", None]):
         _ = model.layer.weight
+
+
+def test_a_set_on_the_weight_must_be_named_before_one_on_the_output() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    attach(model, DoRA(rank=2), at="0", name="dora")
+    attach(model, LoRA(rank=2), at=select(model, "0", slot="weight"), name="lora")
+    with pytest.raises(AdaptError, match="name 'lora' first"), activate(model, ["dora", "lora"]):
+        pass
