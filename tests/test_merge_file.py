@@ -1,19 +1,16 @@
-"""Merging an adapter file into a checkpoint, and the commands that look at files."""
+"""Merging an adapter file into a checkpoint of its backbone."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Generator, nn
+from torch import nn
 
 from polyadapt.core import (
     BitFit,
@@ -26,79 +23,18 @@ from polyadapt.core import (
     MoSA,
     Recipe,
     attach,
-    cli,
     sets_of,
 )
 from polyadapt.core import container as files
 from polyadapt.core.errors import StoreError
 from polyadapt.core.merge_file import merge_file
-
-
-class Conv1D(nn.Module):
-    """transformers' layer of this name: [d_in, d_out], and `nf`."""
-
-    def __init__(self, d_in: int, d_out: int) -> None:
-        super().__init__()
-        self.nf = d_out
-        self.weight = nn.Parameter(torch.zeros(d_in, d_out))
-        self.bias = nn.Parameter(torch.zeros(d_out))
-
-
-class Zoo(nn.Module):
-    """One layer of every kind; it is never called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 4)
-        self.qkv = nn.Linear(4, 12)
-        self.c_attn = Conv1D(4, 12)
-        self.embed = nn.Embedding(7, 4)
-        self.conv1 = nn.Conv1d(4, 6, 3)
-        self.conv2 = nn.Conv2d(4, 6, 3, groups=2)
-        self.attn = nn.MultiheadAttention(4, 2)
-        self.norm = nn.LayerNorm(4)
-        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
-        self.batch = nn.BatchNorm1d(4)
-
-
-def zoo(dtype: torch.dtype = torch.float32) -> Zoo:
-    made = Zoo()
-    generator = Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.normal_(generator=generator)
-    return made.to(dtype)
-
-
-MATRICES = [
-    "linear",
-    "qkv[q,v]",
-    "c_attn[k]",
-    "embed",
-    "conv{1,2}",
-    "attn.in_proj_weight[q,v]",
-    "attn.out_proj",
-]
-VECTORS = ["linear.bias", "norm.**", "qkv.bias[k]"]
-
-
-def save(path: Path, recipe: Recipe, at: str | list[str] | None, model: nn.Module) -> Path:
-    """A set of trained-looking numbers as a file; the model keeps it attached."""
-    made = attach(model, recipe, at)
-    generator = Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    made.save(path)
-    return path
+from polyadapt.tests.layer_zoo import good_files, save, zoo
 
 
 @pytest.fixture
 def good(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """A LoRA file, the checkpoint it belongs to, and a place for the result."""
-    adapter = save(tmp_path / "set.safetensors", LoRA(rank=2), "linear", zoo())
-    save_file(zoo().state_dict(), tmp_path / "base.safetensors")
-    return adapter, tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    """Adapter, base and result: see `good_files`."""
+    return good_files(tmp_path)
 
 
 def refused(adapter: Path, base: Path, out: Path) -> str:
@@ -111,6 +47,18 @@ def refused(adapter: Path, base: Path, out: Path) -> str:
     line = str(error.value)
     assert line.isprintable()
     return line
+
+
+MATRICES = [
+    "linear",
+    "qkv[q,v]",
+    "c_attn[k]",
+    "embed",
+    "conv{1,2}",
+    "attn.in_proj_weight[q,v]",
+    "attn.out_proj",
+]
+VECTORS = ["linear.bias", "norm.**", "qkv.bias[k]"]
 
 
 # ---- the same as in memory
@@ -368,65 +316,3 @@ def broken(content: bytes, dice: random.Random) -> Iterator[bytes]:
         for _ in range(dice.choice([1, 1, 8])):
             damaged[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
         yield bytes(damaged)
-
-
-# ---- the commands
-
-
-def test_the_merge_command_writes_what_the_function_writes(
-    good: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    adapter, base, out = good
-    line = merge_file(adapter, base, out)
-    expected = out.read_bytes()
-    out.unlink()
-    argv = ["adapters", "merge", str(adapter), "--base", str(base), "--out", str(out)]
-    assert cli.main(argv) == 0
-    assert capsys.readouterr() == (f"{line}\n", "")
-    assert out.read_bytes() == expected
-
-
-def test_the_inspect_command_prints_the_sites(
-    good: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["adapters", "inspect", str(good[0])]) == 0
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    assert "set 'default', LoRA(rank=2, " in printed.out
-    assert "linear  4x6    linear  output" in printed.out
-
-
-def test_the_commands_refuse_bad_files_in_one_line_and_with_code_2(
-    good: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    adapter, base, out = good
-    empty, short, pickled = (tmp_path / f"{n}.safetensors" for n in ("empty", "short", "pickle"))
-    empty.touch()
-    short.write_bytes(adapter.read_bytes()[:100])
-    pickled.write_bytes(pickle.dumps({"a": 1}))
-    asked: list[tuple[str | Path, ...]] = [
-        ("inspect", empty),
-        ("inspect", pickled),
-        ("inspect", base),
-        ("inspect", tmp_path),
-        ("merge", short, "--base", base, "--out", out),
-        ("merge", adapter, "--base", pickled, "--out", out),
-        ("merge", adapter, "--base", base, "--out", base),
-        ("merge", adapter, "--base", base, "--out", tmp_path / "none" / "out.safetensors"),
-    ]
-    for argv in asked:
-        assert cli.main(["adapters", *map(str, argv)]) == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        (line,) = printed.err.splitlines()
-        assert line.startswith("polyadapt: ")
-    assert not out.exists()
-
-
-def test_a_refusal_is_the_exit_code_of_the_process_and_no_traceback(tmp_path: Path) -> None:
-    missing = tmp_path / "none.safetensors"
-    code = "import sys; from polyadapt.core.cli import main; sys.exit(main(sys.argv[1:]))"
-    argv = [sys.executable, "-c", code, "adapters", "inspect", str(missing)]
-    ran = subprocess.run(argv, capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr == f"polyadapt: there is no adapter file {missing}\n"
