@@ -14,7 +14,11 @@ from PIL import Image
 
 from polyadapt.core import cli
 
-CODE = "import sys; from polyadapt.core.cli import main; sys.exit(main(sys.argv[1:]))"
+# A job in the background starts with interrupts ignored, and so do the processes that it starts.
+CODE = """import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from polyadapt.core.cli import main
+sys.exit(main(sys.argv[1:]))"""
 TINY_OPTIONS = {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 2}
 TINY = {
     "name": "vit_tiny_patch16_224",
