@@ -104,6 +104,11 @@ def current(drawer: Drawer) -> Active:
     return drawer.default if override is None else override
 
 
+def overridden(drawer: Drawer) -> bool:
+    """An `activate` of this thread is open on the backbone."""
+    return _last(_OVERRIDES.get(), drawer) is not None
+
+
 @contextmanager
 def imposed(drawer: Drawer, active: Active) -> Iterator[None]:
     """Within: exactly these sets, replay or not."""

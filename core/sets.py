@@ -207,7 +207,11 @@ def attach(
 
 
 def switch(backbone: nn.Module, names: str | Sequence[str] | None) -> None:
-    """Change which sets act outside of any `activate`; the others stop requiring grad."""
+    """Change which sets act outside of any `activate`; the others stop requiring grad.
+
+    Under torch.compile, run backward before switching: compiled code cannot note which sets a
+    forward used, and the gradients of sets that stopped requiring grad would be lost.
+    """
     drawer = drawer_of(backbone)
     drawer.default = drawer.checked(wanted(names))
     for name, idle in drawer.sets.items():

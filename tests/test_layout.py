@@ -78,7 +78,7 @@ def test_a_package_file_imports_only_the_core_and_its_own_domain(file: Path) -> 
             assert top in house or top not in DOMAINS | {"core"}, f"{name} is another domain"
 
 
-@by_module
+@by_file
 def test_a_file_stays_short_enough_to_read(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= LONGEST_FILE
 

@@ -379,3 +379,16 @@ def test_a_tied_weight_is_refused_before_it_could_be_merged() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(7, 8), "head": nn.Linear(8, 7, bias=False)})
     model["head"].weight = model["embed"].weight
     assert "head is tied" in line_of(lambda: attach(model, LoRA(rank=2), at="head"))
+
+
+def test_merging_inside_activate_is_refused_and_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    made = attach(model, LoRA(rank=2), at="0")
+    made.adapters["0"].get_parameter("B").data.fill_(1.0)
+    base, x = model.get_parameter("0.weight"), torch.ones(1, 4)
+    with activate(model, None):
+        before = model(x)
+        with pytest.raises(AdaptError, match="inside `activate`"):
+            made.merge()
+        assert torch.equal(model(x), before)
+    assert model.get_parameter("0.weight") is base

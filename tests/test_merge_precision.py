@@ -46,9 +46,10 @@ def test_a_merge_in_full_precision_loses_nothing_and_says_nothing() -> None:
 
 
 def test_a_large_update_loses_nothing_in_low_precision() -> None:
-    _, made = small_updates(torch.bfloat16)
+    model, made = small_updates(torch.bfloat16)
     made.adapters["0"].get_parameter("B").data.fill_(1.0)
     made.merge()
+    assert bool((model.state_dict()["0.weight"] == 2).all())
 
 
 def test_entries_that_no_adapter_is_for_do_not_count_as_lost() -> None:
@@ -57,6 +58,8 @@ def test_entries_that_no_adapter_is_for_do_not_count_as_lost() -> None:
     made = attach(model, FullFineTuning(), at="qkv[k]")
     made.adapters["0.qkv[k]"].get_parameter("value").data.fill_(2.0)
     made.merge()  # without a warning, although two thirds of the tensor stayed
+    rows = model.state_dict()["0.qkv.weight"][:, 0].tolist()
+    assert rows == [1.0] * 8 + [2.0] * 8 + [1.0] * 8
 
 
 def test_a_merge_that_is_stopped_by_its_warning_has_changed_nothing() -> None:
