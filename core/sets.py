@@ -187,7 +187,7 @@ def attach(
     if not isinstance(recipe, Recipe):
         raise AdaptError(f"recipe must be a method such as LoRA(rank=8), got {recipe!r}")
     sites = select(model, recipe.default_at(model) if at is None else at)
-    if at is not None and not sites:
+    if not sites and not (at is None or isinstance(at, Sites)):
         raise AdaptError("at names no sites: a pattern such as 'blocks.*.attn.qkv[q,v]'")
     made = build_set(model, recipe, sites, name, generator)
     before = find_drawer(model)
