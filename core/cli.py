@@ -10,7 +10,6 @@ import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
@@ -98,53 +97,6 @@ def command_named(word: str, table: Mapping[str, Command], kind: str) -> Command
 
 
 def _adapters(argv: list[str]) -> int:
-    parser = OneLineParser(
-        prog="polyadapt adapters", description="Look into adapter files and use them."
-    )
-    parser.add_argument(
-        "verb",
-        metavar="VERB",
-        help="inspect: print what a file holds; "
-        "merge: write a backbone's weights with a set merged into them",
-    )
-    parser.add_argument(
-        "rest", nargs=argparse.REMAINDER, metavar="...", help="its file and options"
-    )
-    asked = parser.parse_args(argv)
-    return command_named(asked.verb, {"inspect": _inspect, "merge": _merge}, "verb")(asked.rest)
+    from .verbs import adapters
 
-
-def _inspect(argv: list[str]) -> int:
-    parser = OneLineParser(
-        prog="polyadapt adapters inspect",
-        description="Print the method, the sites, the counts and the backbone of an adapter file.",
-    )
-    parser.add_argument("file", type=Path, metavar="FILE", help="the adapter file")
-    asked = parser.parse_args(argv)
-    from .store import inspect_file
-
-    print(inspect_file(asked.file))
-    return 0
-
-
-def _merge(argv: list[str]) -> int:
-    parser = OneLineParser(
-        prog="polyadapt adapters merge",
-        description="Merge a set into a backbone's weights and write them to a new file.",
-    )
-    parser.add_argument("file", type=Path, metavar="FILE", help="the adapter file")
-    parser.add_argument(
-        "--base",
-        type=Path,
-        required=True,
-        metavar="BASE.safetensors",
-        help="the backbone's weights",
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="OUT.safetensors", help="where the result goes"
-    )
-    asked = parser.parse_args(argv)
-    from .merge_file import merge_file
-
-    print(merge_file(asked.file, asked.base, asked.out))
-    return 0
+    return adapters(argv)

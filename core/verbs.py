@@ -1,0 +1,68 @@
+"""`polyadapt adapters VERB ...`: what the command does with files of adapter sets."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .cli import Command, OneLineParser, command_named
+
+
+def adapters(argv: list[str]) -> int:
+    """Run one verb and return its exit code.
+    """
+    parser = OneLineParser(
+        prog="polyadapt adapters",
+        description="Look into adapter files and use them.",
+        epilog="verbs: " + "; ".join(f"{word}: {what}" for word, (_, what) in VERBS.items()),
+    )
+    parser.add_argument("verb", metavar="VERB", help="a verb below")
+    parser.add_argument(
+        "rest", nargs=argparse.REMAINDER, metavar="...", help="its file and options"
+    )
+    asked = parser.parse_args(argv)
+    return command_named(asked.verb, {word: run for word, (run, _) in VERBS.items()}, "verb")(
+        asked.rest
+    )
+
+
+def _inspect(argv: list[str]) -> int:
+    parser = OneLineParser(
+        prog="polyadapt adapters inspect",
+        description="Print the method, the sites, the counts and the backbone of an adapter file.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="the adapter file")
+    asked = parser.parse_args(argv)
+    from .store import inspect_file
+
+    print(inspect_file(asked.file))
+    return 0
+
+
+def _merge(argv: list[str]) -> int:
+    parser = OneLineParser(
+        prog="polyadapt adapters merge",
+        description="Merge a set into a backbone's weights and write them to a new file.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="the adapter file")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        required=True,
+        metavar="BASE.safetensors",
+        help="the backbone's weights",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="OUT.safetensors", help="where the result goes"
+    )
+    asked = parser.parse_args(argv)
+    from .merge_file import merge_file
+
+    print(merge_file(asked.file, asked.base, asked.out))
+    return 0
+
+
+VERBS: dict[str, tuple[Command, str]] = {
+    "inspect": (_inspect, "print what a file holds"),
+    "merge": (_merge, "write a backbone's weights with a set merged into them"),
+}
