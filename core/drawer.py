@@ -8,7 +8,7 @@ identity for roots that call all their children.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Self
 
@@ -40,8 +40,9 @@ class Drawer(nn.Module):
         self.records = Records()
         self.slots: dict[tuple[str, str | None], WeightSlot | OutputSlot] = {}
         self.stamped: dict[str, Any] = {}
-        self.trained = {n: p.requires_grad for n, p in backbone.named_parameters()}
+        self.trained = {n: p.requires_grad for n, p in own_parameters(backbone)}
         self.kept: dict[tuple[str, str], tuple[str, nn.Parameter]] = {}
+        self.awake: set[str] = set()  # sets whose parameters may require grad
         self.before_merge = Active()
         self.allow_cast = False
         self.register_load_state_dict_post_hook(_forget_missing)  # type: ignore[no-untyped-call]
@@ -51,16 +52,24 @@ class Drawer(nn.Module):
         """The attached sets by name."""
         return {key.removeprefix("set_"): s for key, s in self.holder.items()}  # type: ignore[misc]
 
+    def set_called(self, name: str) -> AdapterSet:
+        """One attached set; the cost does not grow with their number."""
+        key = f"set_{name}"
+        if key not in self.holder:
+            raise AdaptError(f"no adapter set is called {name!r}; attached: {sorted(self.sets)}")
+        return self.holder[key]  # type: ignore[return-value]
+
+    @property
+    def merged(self) -> str | None:
+        """The set that is in the weights now."""
+        return next((owner for owner, _ in self.kept.values()), None)
+
     def checked(self, active: Active) -> Active:
         """Refuse unknown names and what a merged set forbids; make trainable sets require grad."""
-        known = self.sets
-        asked = active.names if active.per_sample is None else active.per_sample
-        for name in dict.fromkeys(asked):
-            if name is not None and name not in known:
-                raise AdaptError(f"no adapter set is called {name!r}; attached: {sorted(known)}")
-        merged = {owner for owner, _ in self.kept.values()}
-        if merged and set(asked) != merged:
-            raise AdaptError(f"set {min(merged)!r} is merged into the weights: unmerge it first")
+        asked = set(active.names if active.per_sample is None else active.per_sample)
+        known = {name: self.set_called(name) for name in asked if name is not None}
+        if self.merged is not None and asked != {self.merged}:
+            raise AdaptError(f"set {self.merged!r} is merged into the weights: unmerge it first")
         for earlier, later in combinations(active.names, 2):
             known[later].refuse_on_top_of(known[earlier])
         self.require_grads(active)
@@ -68,9 +77,16 @@ class Drawer(nn.Module):
 
     def require_grads(self, active: Active) -> None:
         """Trainable sets that act require grad."""
-        for name, adapters in self.sets.items():
-            if name in (active.per_sample or active.names):
-                adapters.require_grads()
+        for name in set(active.per_sample or active.names) - {None}:
+            self.awake.add(name)  # type: ignore[arg-type]
+            self.set_called(name).require_grads()  # type: ignore[arg-type]
+
+    def rest(self) -> None:
+        """Sets that do not act by default stop requiring grad: an idle one would stall DDP."""
+        for name in self.awake.difference(self.default.names):
+            if f"set_{name}" in self.holder:
+                self.set_called(name).requires_grad_(False)
+        self.awake.intersection_update(self.default.names)
 
     def forward(self, x: Any = None, *rest: Any) -> Any:
         """The identity: a root that calls all its children must not notice."""
@@ -116,6 +132,31 @@ class Drawer(nn.Module):
         self.stamped.clear()
 
 
+def own_modules(backbone: nn.Module, repeated: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` of the backbone without what we keep there, in the same order.
+
+    `repeated`: a module that is held under several names comes under each.
+    """
+    seen: set[nn.Module] = set()
+    pending = [("", backbone)]
+    while pending:
+        path, module = pending.pop()
+        if module in seen and not repeated:
+            continue
+        seen.add(module)
+        yield path, module
+        below = [(n, m) for n, m in module._modules.items() if m is not None and n != DRAWER]
+        pending += [(f"{path}.{name}".lstrip("."), child) for name, child in reversed(below)]
+
+
+def own_parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter of the backbone under each of its names, without what we keep there."""
+    for path, module in own_modules(backbone, repeated=True):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}".lstrip("."), parameter
+
+
 def find_drawer(backbone: nn.Module) -> Drawer | None:
     """The backbone's drawer, if it has one."""
     drawer = backbone._modules.get(DRAWER)
@@ -153,7 +194,7 @@ def remove_drawer(drawer: Drawer) -> None:
     drawer.unstamp()
     drawer.guard.remove()
     del backbone._modules[DRAWER]
-    for name, parameter in backbone.named_parameters():
+    for name, parameter in own_parameters(backbone):
         parameter.requires_grad_(drawer.trained.get(name, parameter.requires_grad))
 
 

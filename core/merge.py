@@ -38,9 +38,8 @@ def merge(adapter_set: AdapterSet) -> None:
             raise AdaptError(
                 f"{method} acts on activations at {site}: it cannot be merged into weights"
             )
-    if drawer.kept:
-        merged = sorted({owner for owner, _ in drawer.kept.values()})
-        raise AdaptError(f"set {merged[0]!r} is merged already: unmerge it first")
+    if drawer.merged is not None:
+        raise AdaptError(f"set {drawer.merged!r} is merged already: unmerge it first")
     pieces = _pieces(adapter_set)
     new = {key: _merged(here) for key, here in pieces.items()}
     _warn_of_lost_bits([(layer, new[key]) for key, here in pieces.items() for layer, _ in here])
@@ -56,7 +55,7 @@ def merge(adapter_set: AdapterSet) -> None:
 def unmerge(adapter_set: AdapterSet) -> None:
     """Put the very parameters back that `merge` took out."""
     drawer = drawer_of(adapter_set.backbone)
-    if adapter_set.name not in {owner for owner, _ in drawer.kept.values()}:
+    if adapter_set.name != drawer.merged:
         raise AdaptError(f"set {adapter_set.name!r} is not merged")
     for (path, name), (_, old) in drawer.kept.items():
         module = adapter_set.backbone.get_submodule(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _CACHES = ("kv_cache", "past_key_value", "past_key_values", "layer_past", "cache")
 
 
-def groups(per_sample: Sequence[str | None], known: Sequence[str]) -> dict[str, list[int]]:
+def groups(per_sample: Sequence[str | None], known: Container[str]) -> dict[str, list[int]]:
     """Sample numbers by set, for the sets that a slot has; samples without one are left out.
 
     >>> groups(["a", None, "b", "a"], ["a", "b"])
@@ -54,7 +54,7 @@ def run_by_set(
     _refuse_state(module, kwargs)
     with imposed(drawer, Active()):
         result = call()
-    for name, rows in groups(names, tuple(drawer.sets)).items():
+    for name, rows in groups(names, drawer.sets).items():
         with imposed(drawer, Active((name,))):
             other = call()
         result = _choose(result, other, rows, axis, names, type(module).__name__)

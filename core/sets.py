@@ -11,12 +11,12 @@ from torch import Generator, Tensor, nn
 
 from .activation import wanted
 from .drawer import (
-    DRAWER,
     Drawer,
     check_set_name,
     drawer_of,
     find_drawer,
     make_drawer,
+    own_parameters,
     remove_drawer,
     same_device,
 )
@@ -91,14 +91,12 @@ class AdapterSet(nn.Module):
         )
 
     def penalty(self) -> Tensor:
-        """The sum of the adapters' loss terms (0 when the method has none)."""
-        terms = [t for a in self.adapters.values() if (t := a.penalty()) is not None]
-        return torch.stack(terms).sum() if terms else torch.zeros(())
+        """What the method adds to the loss (0 when it adds nothing)."""
+        return self.recipe.penalty(self.adapters)
 
     def after_step(self, step: int, total: int | None = None) -> None:
         """Call after each optimiser step and before zero_grad."""
-        for adapter in self.adapters.values():
-            adapter.after_step(step, total)
+        self.recipe.after_step(self.adapters, step, total)
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Optimiser groups as the recipe wants them."""
@@ -214,9 +212,7 @@ def switch(backbone: nn.Module, names: str | Sequence[str] | None) -> None:
     """
     drawer = drawer_of(backbone)
     drawer.default = drawer.checked(wanted(names))
-    for name, idle in drawer.sets.items():
-        if name not in drawer.default.names:
-            idle.requires_grad_(False)
+    drawer.rest()
 
 
 def sets_of(backbone: nn.Module) -> dict[str, AdapterSet]:
@@ -229,7 +225,7 @@ def detach(adapter_set: AdapterSet) -> None:
     """Take one set out of its backbone."""
     backbone = adapter_set.backbone
     drawer: Drawer = adapter_set.__dict__["drawer"]
-    if any(owner == adapter_set.name for owner, _ in drawer.kept.values()):
+    if drawer.merged == adapter_set.name:
         adapter_set.unmerge()
     unwire(drawer, adapter_set)
     del drawer.holder[f"set_{adapter_set.name}"]
@@ -283,9 +279,8 @@ def install(backbone: nn.Module, made: AdapterSet) -> None:
         if not drawer.sets:
             remove_drawer(drawer)
         raise
-    for name, parameter in backbone.named_parameters():
-        if DRAWER not in name.split("."):
-            parameter.requires_grad_(False)
+    for _, parameter in own_parameters(backbone):
+        parameter.requires_grad_(False)
     drawer.holder[f"set_{made.name}"] = made
     made.__dict__["drawer"] = drawer
     switch(backbone, made.name)

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from .drawer import own_modules, own_parameters
 from .errors import SiteError
 from .kinds import is_called_layer, kind_of, parts_of, stored_at, width_of
 from .patterns import Pattern, parse
@@ -85,7 +86,7 @@ def select(
             f"sites are a pattern, several, or what select found, not {type(at).__name__}"
         )
     refuse_repeated(found)
-    _refuse_tied(model, found)
+    _refuse_tied(names, found)
     return Sites(found if slot is None else (_with_slot(site, slot) for site in found))
 
 
@@ -93,14 +94,11 @@ class _Names:
     """Every module and parameter path of a backbone, without polyadapt's own."""
 
     def __init__(self, model: nn.Module) -> None:
-        from .drawer import DRAWER
-
-        named = [(n, m) for n, m in model.named_modules() if DRAWER not in n.split(".")]
         self.model = model
-        self.modules = dict(named)
+        self.modules = dict(own_modules(model))
         self.parameters = {
             f"{path}.{name}".lstrip("."): (path, name)
-            for path, module in named
+            for path, module in self.modules.items()
             for name, parameter in module._parameters.items()
             if parameter is not None
         }
@@ -221,21 +219,25 @@ def _overlap(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
     return a is None or b is None or (a[0] < b[1] and b[0] < a[1])
 
 
-def _refuse_tied(model: nn.Module, sites: Sequence[Site]) -> None:
+def _refuse_tied(names: _Names, sites: Sequence[Site]) -> None:
     """A weight held under two names: adapting one would change both, or split them."""
     holders: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        key = parameter.data_ptr() or id(parameter)  # meta tensors all have pointer 0
+    for name, parameter in own_parameters(names.model):
         if parameter.numel():
-            holders.setdefault(key, []).append(name)
+            holders.setdefault(_identity(parameter), []).append(name)
     for site in sites:
         if site.parameter is None:
             continue
-        stored = model.get_submodule(site.path)._parameters[site.parameter]
+        stored = names.modules[site.path]._parameters[site.parameter]
         assert stored is not None, "a resolved site has its parameter"
-        names = holders.get(stored.data_ptr() or id(stored), [])
-        if len(names) > 1:
+        held_as = holders.get(_identity(stored), [])
+        if len(held_as) > 1:
             raise SiteError(
-                f"{site.name} is tied: the backbone holds one weight as {' and '.join(names)};"
+                f"{site.name} is tied: the backbone holds one weight as {' and '.join(held_as)};"
                 " adapt an untied weight, or untie it first"
             )
+
+
+def _identity(parameter: nn.Parameter) -> int:
+    """Where its numbers lie; meta tensors all have pointer 0."""
+    return parameter.data_ptr() or id(parameter)

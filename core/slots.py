@@ -6,7 +6,7 @@ layer returns. Both hold the adapters of all sets at one parameter or module and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +39,9 @@ class _Slot:
         known = self.known()
         return [name for name in active.names if name in known]
 
-    def known(self) -> list[str]:
-        """The sets with an adapter here; merged ones are in the weights already."""
-        merged = {owner for owner, _ in self.drawer.kept.values()}
-        return [name for name in self.adapters if name not in merged]
+    def known(self) -> Container[str]:
+        """The sets with an adapter here; none while a set, then the only one, is merged."""
+        return () if self.drawer.kept else self.adapters
 
 
 class WeightSlot(_Slot):
