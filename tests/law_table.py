@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from polyadapt.core import (
+    AdaLoRA,
+    AdapterPlus,
     AdapterSet,
     AdapterTune,
+    AdaptFormer,
     BitFit,
     Bottleneck,
     DoRA,
@@ -122,6 +125,11 @@ ROWS = {
     ),
     "LoRA, dropout in eval": both_forms(LoRA(rank=3, dropout=0.5), like="LoRA"),
     "DoRA": both_forms(DoRA(rank=3, alpha=6), trained=lambda s: pair(s) + s.shape[0]),
+    "AdaLoRA": both_forms(
+        # noise of 1/4 in a third factor, E: a scale 4 times as large makes the update as large
+        AdaLoRA(rank=2, initial_rank=3, alpha=24),
+        trained=lambda s: 3 * (sum(s.shape) + 1),
+    ),
     "Bottleneck, serial": beside(
         Bottleneck(rank=3, scale=0.5), (*LINEAR, "embedding", *BLOCKS), serial
     ),
@@ -137,6 +145,10 @@ ROWS = {
         Bottleneck(rank=3, init="small"), BLOCKS, serial, like="Bottleneck, serial"
     ),
     "AdapterTune": beside(AdapterTune(rank=3), BLOCKS, serial),
+    "AdaptFormer": beside(
+        AdaptFormer(rank=3, dropout=0.0), BLOCKS, serial, like="Bottleneck, parallel_ffn"
+    ),
+    "AdapterPlus": beside(AdapterPlus(rank=3), BLOCKS, lambda s: serial(s) + s.shape[0]),
     "MoSA": beside(
         MoSA(rank=3, experts=4, dropout=0.0),
         BLOCKS,
