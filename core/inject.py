@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .errors import SiteError
 
 if TYPE_CHECKING:
-    from .slots import WeightSlot
+    from .slots import Slot, WeightSlot
 
 SLOTS = "_polyadapt_weight_slots"
 READS = "_polyadapt_read_slots"
@@ -46,13 +46,13 @@ def restore_parameter(module: nn.Module, name: str) -> None:
     _set_class(module)
 
 
-def frame_calls(module: nn.Module, slot: WeightSlot) -> None:
+def frame_calls(module: nn.Module, slot: Slot) -> None:
     """`module` reads the slot's weight: adapt it once per call, and run mixed batches by set."""
     module.__dict__.setdefault(READS, []).append(slot)
     _set_class(module)
 
 
-def unframe_calls(module: nn.Module, slot: WeightSlot) -> None:
+def unframe_calls(module: nn.Module, slot: Slot) -> None:
     """Undo `frame_calls`."""
     reads = module.__dict__[READS]
     reads[:] = [other for other in reads if other is not slot]
@@ -107,7 +107,7 @@ def _framed_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     def call() -> Any:
         return type(self).polyadapt_base.__call__(self, *args, **kwargs)  # type: ignore[attr-defined]
 
-    slots: list[WeightSlot] = self.__dict__[READS]
+    slots: list[Slot] = self.__dict__[READS]
     if torch.compiler.is_compiling():  # no memo: the compiler merges equal work
         return run_by_set(self, slots, call, args, kwargs)
     stack = _frames.__dict__.setdefault("stack", [])

@@ -12,7 +12,7 @@ from .activation import Active, current, imposed
 from .errors import AdaptError
 
 if TYPE_CHECKING:
-    from .slots import WeightSlot
+    from .slots import Slot
 
 _CACHES = ("kv_cache", "past_key_value", "past_key_values", "layer_past", "cache")
 
@@ -41,7 +41,7 @@ def check_batch(size: int, per_sample: Sequence[str | None], where: str) -> None
 
 def run_by_set(
     module: nn.Module,
-    slots: Sequence[WeightSlot],
+    slots: Sequence[Slot],
     call: Callable[[], Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],

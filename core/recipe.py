@@ -6,11 +6,15 @@ A method is one file in `core/adapters`: a frozen dataclass that derives from `R
 =================  ================================================================
 `weight(w)`        W [d_out, d_in] -> W' of the same shape: it can be merged
 `output(x, y, layer)`  layer input x, layer output y -> y': it can act where the layer is called
+`enter(x)`         what a block is called with instead of x (with `output`: prompt tokens)
 `factors()`        (A, B, p, scale) with delta = scale * B diag(p) A: plain low rank
 `penalty()`        a scalar to add to the loss
 `after_step(step, total)`  work after every optimiser step
 `deployed()`       what inference needs, when that is less than training does
 =================  ================================================================
+
+A term or work that needs all sites at once (a rank budget) is the recipe's: `Recipe.penalty` and
+`Recipe.after_step` get the whole set, and ask each adapter unless a method says otherwise.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
+import torch
 from torch import Generator, Tensor, nn
 
 from .errors import AdaptError
@@ -45,6 +50,15 @@ class ActsOnOutput(Protocol):
 
     def output(self, x: Tensor, y: Tensor, layer: FrozenLayer) -> Tensor:
         """Layer input x and this site's rows y of its output -> y' of y's shape and dtype."""
+        ...
+
+
+@runtime_checkable
+class ActsOnInput(Protocol):
+    """A method that also changes what a block is called with, such as one with prompt tokens."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The block's input -> what it is called with instead; `output` then gets the latter."""
         ...
 
 
@@ -113,6 +127,16 @@ class Recipe:
     def deployed(self) -> Recipe:
         """The recipe of the adapters that `Adapter.deployed` returns."""
         return self
+
+    def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor:
+        """What is added to the loss: the sum of the adapters' terms, 0 when there are none."""
+        terms = [t for a in adapters.values() if (t := a.penalty()) is not None]
+        return torch.stack(terms).sum() if terms else torch.zeros(())
+
+    def after_step(self, adapters: Mapping[str, Adapter], step: int, total: int | None) -> None:
+        """Work after optimiser step `step` (1-based) of `total`; gradients are still there."""
+        for adapter in adapters.values():
+            adapter.after_step(step, total)
 
     def parameter_groups(
         self, adapters: Mapping[str, Adapter], lr: float, weight_decay: float

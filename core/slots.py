@@ -20,12 +20,12 @@ from .ffn_input import FFNInput
 from .inject import frame
 from .layers import FrozenLayer, Rows, replace_rows
 from .mixing import check_batch, groups
-from .recipe import ActsOnOutput, ActsOnWeight, Adapter
+from .recipe import ActsOnInput, ActsOnOutput, ActsOnWeight, Adapter
 
 Piece = tuple[FrozenLayer, Adapter]
 
 
-class _Slot:
+class Slot:
     """The adapters of all sets at one place: set name -> [(layer rows, adapter), ...]."""
 
     def __init__(self, drawer: Drawer, path: str, batch_axis: int) -> None:
@@ -44,7 +44,7 @@ class _Slot:
         return () if self.drawer.kept else self.adapters
 
 
-class WeightSlot(_Slot):
+class WeightSlot(Slot):
     """What reads of one parameter return."""
 
     readers: Sequence[nn.Module] = ()  # modules whose call reads the weight
@@ -102,11 +102,32 @@ def _modes() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast, *dtypes
 
 
-class OutputSlot(_Slot):
+class OutputSlot(Slot):
     """Forward hook of one module: its output, with the acting adapters applied."""
 
     handle: RemovableHandle
     ffn: FFNInput | None = None  # set when an adapter wants the state that enters the MLP branch
+    entry: RemovableHandle | None = None  # set when an adapter changes what the module is called with
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook: the acting adapters' say in what the module is called with.
+
+        Such a module is framed like a weight's reader: in a mixed batch it is called once per set.
+        """
+        acting = self.acting(current(self.drawer))
+        adapters = [adapter for name in acting for _, adapter in self.adapters[name]]
+        entering = [adapter for adapter in adapters if isinstance(adapter, ActsOnInput)]
+        if not entering:
+            return None
+        x = self._tensor(args, kwargs)
+        new = x
+        for adapter in entering:
+            new = adapter.enter(new)
+        # By identity: the very tensor may be given once, as the first of either.
+        return (
+            tuple(new if value is x else value for value in args),
+            {key: new if value is x else value for key, value in kwargs.items()},
+        )
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

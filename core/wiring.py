@@ -11,7 +11,7 @@ from .ffn_input import FFNInput
 from .inject import adapt_parameter, frame_calls, restore_parameter, unframe_calls
 from .kinds import layer_at
 from .readers import batch_axis_of
-from .recipe import ActsOnOutput, Adapter
+from .recipe import ActsOnInput, ActsOnOutput, Adapter
 from .sites import Site
 from .slots import OutputSlot, WeightSlot
 
@@ -51,6 +51,10 @@ def _slot(drawer: Drawer, site: Site, adapter: Adapter) -> WeightSlot | OutputSl
     slot = drawer.slots[key]
     if isinstance(slot, OutputSlot) and adapter.input == "ffn" and slot.ffn is None:
         slot.ffn = FFNInput(drawer.__dict__["backbone"].get_submodule(site.path), site.path)
+    if isinstance(slot, OutputSlot) and isinstance(adapter, ActsOnInput) and slot.entry is None:
+        module = drawer.__dict__["backbone"].get_submodule(site.path)
+        slot.entry = module.register_forward_pre_hook(slot.enter, with_kwargs=True)
+        frame_calls(module, slot)
     return slot
 
 
@@ -82,6 +86,9 @@ def _remove(drawer: Drawer, slot: WeightSlot | OutputSlot) -> None:
         slot.handle.remove()
         if slot.ffn is not None:
             slot.ffn.remove()
+        if slot.entry is not None:
+            slot.entry.remove()
+            unframe_calls(drawer.__dict__["backbone"].get_submodule(slot.path), slot)
         return
     for reader in slot.readers:
         unframe_calls(reader, slot)
