@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from polyadapt.core import AdaptError, LoRA, MoSA, Recipe
+from polyadapt.core import AdaLoRA, AdaptError, LoRA, MoSA, Recipe
 from polyadapt.core.order import epoch_loader
 from polyadapt.core.run_files import RunFiles
 from polyadapt.core.training import AdaptedModule
@@ -39,7 +39,7 @@ class Task(AdaptedModule):
             img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=0,
             proj_drop_rate=0.1,
         )  # fmt: skip
-        at = "blocks.*.attn.qkv" if isinstance(adapter, LoRA) else None
+        at = "blocks.*.attn.qkv" if isinstance(adapter, LoRA | AdaLoRA) else None
         super().__init__(backbone, adapter, at, **options)
         self.head = nn.Linear(16, 3)
 
@@ -110,7 +110,11 @@ def assert_same_runs(
     assert len(one.splitlines()) == 5  # a header and four epochs
 
 
-RECIPES: dict[str, Recipe] = {"lora": LoRA(rank=2, dropout=0.1), "mosa": MoSA(rank=4)}
+RECIPES: dict[str, Recipe] = {
+    "lora": LoRA(rank=2, dropout=0.1),
+    "mosa": MoSA(rank=4),
+    "adalora": AdaLoRA(rank=2, initial_rank=4, t_init=2, every=1),
+}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
