@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
     from .drawer import Drawer
+    from .gathered import Kept
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Active:
 
     names: tuple[str, ...] = ()
     per_sample: tuple[str | None, ...] | None = None
+    kept: dict[int, Kept] = field(default_factory=dict, compare=False, repr=False)
+    """By slot: what a mixed batch needs there, gathered once for all calls of the activation."""
 
 
 _threads = threading.local()

@@ -8,6 +8,7 @@ A method is one file in `core/adapters`: a frozen dataclass that derives from `R
 `output(x, y, layer)`  layer input x, layer output y -> y': it can act where the layer is called
 `enter(x)`         what a block is called with instead of x (with `output`: prompt tokens)
 `factors()`        (A, B, p, scale) with delta = scale * B diag(p) A: plain low rank
+`branch(layer)`    the same with a gain per row: many sets in one batch at once
 `penalty()`        a scalar to add to the loss
 `after_step(step, total)`  work after every optimiser step
 `deployed()`       what inference needs, when that is less than training does
@@ -68,6 +69,24 @@ class LowRank(Protocol):
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None, float]:
         """(A [r, d_in], B [d_out, r], p [r] or None, scale)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Branch:
+    """y + (gain - 1)(y - bias) + up down x: an adapter on a linear layer, scales folded in."""
+
+    down: Tensor  # [r, d_in]
+    up: Tensor  # [d_out, r]
+    gain: Tensor | None = None  # [d_out]
+
+
+@runtime_checkable
+class Branching(Protocol):
+    """A method that is no plain low-rank update, and yet has the form of a `Branch`."""
+
+    def branch(self, layer: FrozenLayer) -> Branch:
+        """What the adapter does to what a linear layer returns."""
         ...
 
 

@@ -17,12 +17,11 @@ from .activation import Active, current
 from .drawer import Drawer
 from .errors import AdaptError
 from .ffn_input import FFNInput
+from .gathered import Chosen, Piece, apply, choose, keep
 from .inject import frame
 from .layers import FrozenLayer, Rows, replace_rows
 from .mixing import check_batch, groups
 from .recipe import ActsOnInput, ActsOnOutput, ActsOnWeight, Adapter
-
-Piece = tuple[FrozenLayer, Adapter]
 
 
 class Slot:
@@ -107,7 +106,9 @@ class OutputSlot(Slot):
 
     handle: RemovableHandle
     ffn: FFNInput | None = None  # set when an adapter wants the state that enters the MLP branch
-    entry: RemovableHandle | None = None  # set when an adapter changes what the module is called with
+    entry: RemovableHandle | None = (
+        None  # set when an adapter changes what the module is called with
+    )
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: the acting adapters' say in what the module is called with.
@@ -145,14 +146,30 @@ class OutputSlot(Slot):
             for name in names:
                 y = self._apply(name, x, ffn, y)
         else:
-            y = self._mixed(active.per_sample, x, ffn, y)
+            check_batch(y.shape[self.batch_axis], active.per_sample, self.path)
+            chosen = self._chosen(active) if x.dtype == y.dtype else None
+            if chosen is not None:
+                y = apply(chosen, x, y, self.batch_axis)
+            else:
+                y = self._by_set(active.per_sample, x, ffn, y)
         return _with_first_tensor(output, y)
 
-    def _mixed(
+    def _chosen(self, active: Active) -> list[Chosen] | None:
+        """Each sample's factors, gathered once per activation while grad is off."""
+        names = active.per_sample or ()
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return choose(self.adapters, groups(names, self.known()), len(names))
+        kept = active.kept.get(id(self))
+        if kept is None or not kept.fresh(self.adapters):
+            samples = groups(names, self.known())
+            kept = keep(choose(self.adapters, samples, len(names)), self.adapters, samples)
+            active.kept[id(self)] = kept
+        return kept.chosen
+
+    def _by_set(
         self, per_sample: Sequence[str | None], x: Tensor, ffn: Tensor | None, y: Tensor
     ) -> Tensor:
         axis = self.batch_axis
-        check_batch(y.shape[axis], per_sample, self.path)
         for name, rows in groups(per_sample, self.known()).items():
             index = torch.tensor(rows, device=y.device)
             own_ffn = None if ffn is None else ffn.index_select(axis, index)

@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..layers import linear
-from ..recipe import Adapter
+from ..recipe import Adapter, Branch
 from .lora import LoRA, Pair, PairAdapter, widened, without_autocast
 
 if TYPE_CHECKING:
@@ -90,6 +90,11 @@ class DoRAAdapter(PairAdapter):
         else:
             base = _without_bias(y, None if bias is None else layer.channels(bias))
         return (y + (layer.channels(gain - 1) * base + branch)).to(y.dtype)
+
+    def branch(self, layer: FrozenLayer) -> Branch:
+        """g = m / n as the gain, g s B and A as the factors."""
+        gain = self.m / self.norm(layer).to(self.m.dtype)
+        return Branch(self.A, (gain * self.scale)[:, None] * self.B, gain)
 
     def norm(self, layer: FrozenLayer) -> Tensor:
         """n of this layer, kept until a factor or W0 changes.

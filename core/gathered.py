@@ -1,0 +1,170 @@
+"""One batch, one set per sample, in two batched products: every sample's own factors, gathered.
+
+What a low-rank method does to the output of a linear layer is y + (g - 1)(y - b) + U D x, with
+small D [r, d_in], U [d_out, r] and for some methods a gain g [d_out]. Stacked over the samples
+of a batch, the cost does not depend on how many sets there are. Other methods and layer kinds are
+run once per set instead (`OutputSlot`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layers import FrozenLayer, LinearLayer, Rows, replace_rows
+from .recipe import Adapter, Branch, Branching, LowRank
+
+Piece = tuple[FrozenLayer, Adapter]
+_EVER = count(1)
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The branches of one part of a layer's rows, one per set or one per sample."""
+
+    layer: FrozenLayer
+    down: Tensor  # [n, r, d_in]
+    up: Tensor  # [n, d_out, r]
+    gain: Tensor | None  # [n, d_out]
+
+    def pick(self, index: Tensor) -> Branches:
+        """Those of `index` [m], in its order."""
+        gain = None if self.gain is None else self.gain.index_select(0, index)
+        down, up = self.down.index_select(0, index), self.up.index_select(0, index)
+        return replace(self, down=down, up=up, gain=gain)
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [n, ..., d_in], y [n, ..., d_out] -> y' of y's shape; entry i through branch i."""
+        flat = y.reshape(len(y), -1, y.shape[-1])
+        hidden = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), self.down.mT)
+        if self.gain is None:
+            return torch.baddbmm(flat, hidden, self.up.mT).view(y.shape).to(y.dtype)
+        base = flat if self.layer.bias is None else flat - self.layer.bias
+        changed = (self.gain - 1)[:, None] * base + torch.bmm(hidden, self.up.mT)
+        return (flat + changed).view(y.shape).to(y.dtype)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the samples of a batch need at one part of a layer."""
+
+    branches: Branches  # one per sample of `samples`
+    samples: Tensor | None  # the samples that have an adapter here; None: all
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """Samples first; a sample without an adapter keeps its bits."""
+        if self.samples is None:
+            return self.branches.output(x, y)
+        own = self.branches.output(x.index_select(0, self.samples), y.index_select(0, self.samples))
+        return y.index_copy(0, self.samples, own)
+
+
+def apply(chosen: Sequence[Chosen], x: Tensor, y: Tensor, batch_axis: int) -> Tensor:
+    """A layer's output with every part changed; `batch_axis` is where samples lie."""
+    x, y = x.movedim(batch_axis, 0), y.movedim(batch_axis, 0)
+    parts: list[tuple[Rows, Tensor]] = []
+    for part in chosen:
+        rows = part.branches.layer.rows
+        if rows is None:
+            y = part.output(x, y)
+        else:
+            parts.append((rows, part.output(x, y[..., rows[0] : rows[1]])))
+    y = replace_rows(y, parts, -1) if parts else y
+    return y.movedim(0, batch_axis)
+
+
+def choose(
+    adapters: Mapping[str, Sequence[Piece]], samples: Mapping[str, Sequence[int]], size: int
+) -> list[Chosen] | None:
+    """The factors of each sample, where every set that `samples` names has a branch form."""
+    by_part: dict[Rows | None, list[tuple[Piece, Branch, Sequence[int]]]] = {}
+    for name, rows in samples.items():
+        for layer, adapter in adapters[name]:
+            branch = branch_of(adapter, layer)
+            if branch is None:
+                return None
+            by_part.setdefault(layer.rows, []).append(((layer, adapter), branch, rows))
+    return [_chosen(entries, size) for entries in by_part.values()]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A choice for the calls to come, as long as nothing that it was made from has changed."""
+
+    chosen: list[Chosen] | None
+    pieces: Mapping[str, Sequence[Piece]]
+    read: Sequence[Tensor]
+    marks: Sequence[tuple[int, int]]
+    modes: Sequence[bool]
+
+    def fresh(self, adapters: Mapping[str, Sequence[Piece]]) -> bool:
+        """Same adapters, same mode, no tensor written since (`.data` swaps memory, not versions)."""
+        return (
+            all(adapters.get(name) is piece for name, piece in self.pieces.items())
+            and self.modes == _modes(self.pieces)
+            and self.marks == _marks(self.read)
+        )
+
+
+def keep(
+    chosen: list[Chosen] | None, adapters: Mapping[str, Sequence[Piece]], names: Iterable[str]
+) -> Kept:
+    """`chosen` with what tells later whether it still holds."""
+    pieces = {name: adapters[name] for name in names}
+    read: list[Tensor] = []
+    if chosen is not None:
+        for layer, adapter in (piece for entries in pieces.values() for piece in entries):
+            read += [layer.stored, *adapter.parameters()]
+    return Kept(chosen, pieces, read, _marks(read), _modes(pieces))
+
+
+def _marks(read: Sequence[Tensor]) -> list[tuple[int, int]]:
+    # Tensors made in inference mode have no version: a number that is never the same again.
+    return [(-next(_EVER) if t.is_inference() else t._version, t.data_ptr()) for t in read]
+
+
+def _modes(pieces: Mapping[str, Sequence[Piece]]) -> list[bool]:
+    return [adapter.training for entries in pieces.values() for _, adapter in entries]
+
+
+def _chosen(entries: Sequence[tuple[Piece, Branch, Sequence[int]]], size: int) -> Chosen:
+    (layer, _), _, _ = entries[0]
+    owner = {sample: n for n, (_, _, rows) in enumerate(entries) for sample in rows}
+    samples = sorted(owner)
+    stacked = stack_branches(layer, [branch for _, branch, _ in entries])
+    device = stacked.down.device
+    picked = stacked.pick(torch.tensor([owner[s] for s in samples], device=device))
+    everyone = len(samples) == size
+    return Chosen(picked, None if everyone else torch.tensor(samples, device=device))
+
+
+def branch_of(adapter: Adapter, layer: FrozenLayer) -> Branch | None:
+    """What the adapter does to a linear layer's output now, if it has that form."""
+    if not isinstance(layer, LinearLayer) or layer.kind == "embedding":
+        return None  # other layer kinds have no batched product with one weight per sample
+    dropout: float = getattr(adapter, "dropout", 0.0)
+    if adapter.training and dropout > 0:
+        return None
+    if isinstance(adapter, Branching):
+        return adapter.branch(layer)
+    if not isinstance(adapter, LowRank):
+        return None
+    a, b, p, scale = adapter.factors()
+    return Branch(a, scale * (b if p is None else b * p))
+
+
+def stack_branches(layer: FrozenLayer, branches: Sequence[Branch]) -> Branches:
+    """Branches of several ranks in one tensor: smaller ones are filled up with zeros."""
+    rank, dtype = max(len(b.down) for b in branches), layer.stored.dtype
+    down = torch.stack([F.pad(b.down, (0, 0, 0, rank - len(b.down))) for b in branches])
+    up = torch.stack([F.pad(b.up, (0, rank - b.up.shape[1])) for b in branches])
+    gain = None
+    if any(b.gain is not None for b in branches):
+        ones = torch.ones(up.shape[1], device=up.device)
+        gain = torch.stack([ones if b.gain is None else b.gain for b in branches])
+    return Branches(layer, down.to(dtype), up.to(dtype), gain)
