@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from polyadapt.core import (
+    IA3,
     AdaLoRA,
     AdapterPlus,
     AdapterSet,
@@ -42,6 +43,7 @@ BLOCKS = ("block", "block on a strided state")
 MATRICES = tuple(name for name in LAYERS if name not in (*VECTORS, *BLOCKS))
 LINEAR = tuple(name for name in MATRICES if "linear" in name or "Conv1D" in name)
 LINEAR = tuple(name for name in LINEAR if name != "linear that is read")
+WHOLE_LINEAR = (*(name for name in LINEAR if "rows" not in name), "linear that is read")
 
 
 Count = Callable[[Site], int]
@@ -129,6 +131,10 @@ ROWS = {
         # noise of 1/4 in a third factor, E: a scale 4 times as large makes the update as large
         AdaLoRA(rank=2, initial_rank=3, alpha=24),
         trained=lambda s: 3 * (sum(s.shape) + 1),
+    ),
+    "IA3": both_forms(IA3(), trained=lambda s: s.shape[0]),
+    "IA3, inputs": replace(
+        both_forms(IA3(inputs=["*"]), trained=lambda s: s.shape[-1]), layers=WHOLE_LINEAR
     ),
     "Bottleneck, serial": beside(
         Bottleneck(rank=3, scale=0.5), (*LINEAR, "embedding", *BLOCKS), serial
