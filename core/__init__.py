@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activation import activate as activate
+    from .combining import combine as combine
     from .errors import AdaptError as AdaptError
     from .recipe import Adapter as Adapter
     from .recipe import Recipe as Recipe
@@ -33,6 +34,7 @@ _HOME = {
     "Site": "sites",
     "activate": "activation",
     "attach": "sets",
+    "combine": "combining",
     "load": "store",
     "select": "sites",
     "sets_of": "sets",

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 from .cli import Command, OneLineParser, command_named
+from .errors import AdaptError
 
 
 def adapters(argv: list[str]) -> int:
-    """Run one verb and return its exit code.
-    """
+    """Run one verb and return its exit code."""
     parser = OneLineParser(
         prog="polyadapt adapters",
         description="Look into adapter files and use them.",
@@ -62,7 +62,36 @@ def _merge(argv: list[str]) -> int:
     return 0
 
 
+def _combine(argv: list[str]) -> int:
+    parser = OneLineParser(
+        prog="polyadapt adapters combine",
+        description="Add the sets of files of one backbone; print the error of a cut to a rank.",
+    )
+    add = parser.add_argument
+    add("files", type=Path, nargs="+", metavar="FILE", help="adapter files")
+    add("--weights", type=float, nargs="+", metavar="W", help="one per file; 1 each if left out")
+    add("--method", default="exact", metavar="METHOD", help="exact, svd, ties or dare")
+    add("--rank", type=int, metavar="R", help="of the result, for svd, ties and dare")
+    add("--density", type=float, metavar="D", help="share of entries that ties and dare keep")
+    add("--seed", type=int, default=0, metavar="S", help="of dare's draw")
+    add("--name", default="combined", metavar="NAME", help="what the new set is called")
+    add("--out", type=Path, required=True, metavar="OUT.safetensors", help="where it goes")
+    asked = parser.parse_args(argv)
+    from .combine_file import combine_files
+    from .combine_rule import Rule
+
+    weights = asked.weights or [1.0] * len(asked.files)
+    if len(weights) != len(asked.files) or len(set(asked.files)) != len(asked.files):
+        raise AdaptError(
+            f"--weights: {len(weights)} weights for {len(set(asked.files))} different files"
+        )
+    rule = Rule(asked.method, asked.rank, asked.density, asked.seed)
+    print(combine_files(dict(zip(asked.files, weights, strict=True)), asked.out, rule, asked.name))
+    return 0
+
+
 VERBS: dict[str, tuple[Command, str]] = {
     "inspect": (_inspect, "print what a file holds"),
+    "combine": (_combine, "add the sets of several files: exact sums, TIES, DARE"),
     "merge": (_merge, "write a backbone's weights with a set merged into them"),
 }

@@ -93,8 +93,8 @@ def test_a_domain_gets_every_word_after_its_name(domain: Callable[[Verb], None])
     ("argv", "line"),
     [
         (["visoin", "fit"], "unknown domain 'visoin'; did you mean vision? allowed: adapters, "),
-        (["zzz"], "unknown domain 'zzz'; allowed: adapters, vision"),
-        (["adapters", "inspct"], "unknown verb 'inspct'; did you mean inspect? allowed: inspect, "),
+        (["zzz"], "unknown domain 'zzz'; allowed: adapters, sweep, vision"),
+        (["adapters", "inspct"], "unknown verb 'inspct'; did you mean inspect? allowed: "),
         (["--bogus"], "unrecognized arguments: --bogus; `polyadapt --help` lists "),
         (["adapters"], "the following arguments are required: VERB"),
         (["adapters", "inspect"], "the following arguments are required: FILE"),
