@@ -16,6 +16,7 @@ from pathlib import Path
 from ..core.cli import OneLineParser
 from ..core.container import write_atomically
 from ..core.errors import AdaptError
+from .records import seeded
 
 MEMORY = (
     "memory: most that training took on top of what the process held before it (CPU: resident"
@@ -68,7 +69,7 @@ def train_and_test(config: Path, seed: int, folder: Path) -> Outcome:
     from .fit import calm, measure, train
 
     with calm(), errors_in_one_line():
-        cli = VisionCLI("fit", [f"--config={config}", f"--run={folder}", *_seeded(seed)])
+        cli = VisionCLI("fit", [f"--config={config}", f"--run={folder}", *seeded(seed)])
         before, start = _start_of_memory(), time.perf_counter()
         train(cli)
         seconds, memory = time.perf_counter() - start, _most_memory_since(before)
@@ -178,10 +179,6 @@ def _in_its_own_process(config: Path, seed: int, folder: Path) -> Outcome:
         return pool.submit(train_and_test, config, seed, folder).result()
 
 
-def _seeded(seed: int) -> list[str]:
-    return [f"--seed_everything={seed}", f"--data.init_args.seed={seed}"]
-
-
 def _start_of_memory() -> float | None:
     """MiB held now; the peaks that are measured later start here."""
     import torch
@@ -229,11 +226,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--configs", nargs="+", type=Path, required=True, metavar="YAML")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--seeds", type=_seeds, default=[0], metavar="0,1,...", help="default: 0")
+    parser.add_argument("--seeds", type=seeds, default=[0], metavar="0,1,...", help="default: 0")
     return parser
 
 
-def _seeds(text: str) -> list[int]:
+def seeds(text: str) -> list[int]:
+    """The numbers of a list such as 0,1,2."""
     words = text.split(",")
     if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of different seeds such as 0,1,2")

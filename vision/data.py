@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..core.errors import AdaptError
 from ..core.order import EpochSampler
+from .lists import read_lists
 from .preprocessing import Augmentation, Preprocessing, vary
 from .sources import (
     OnUnreadable,
@@ -195,6 +196,33 @@ class ImageFolders(ImageData):
 
     def read(self) -> Sources:
         return read_folders(self.root, self.on_unreadable)
+
+
+class ImageLists(ImageData):
+    """Image files named in lists: a file of lines "path label", labels from 0, for each part.
+
+    The paths begin at `root`, where the lists lie. Most code for VTAB-1k has a folder per task in
+    this form: to tune, train: train800.txt and val: val200.txt; for the result, train:
+    train800val200.txt (the default) with val_share: 0.
+    `classes` is their number, which a list with few images may not show.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        train: str = "train800val200.txt",
+        val: str | None = None,
+        test: str | None = "test.txt",
+        classes: int | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.root = root
+        self.lists = {"train": train, "val": val, "test": test}
+        self.number = classes
+
+    def read(self) -> Sources:
+        return read_lists(self.root, self.lists, self.number)
 
 
 class ArrayData(ImageData):

@@ -19,10 +19,18 @@ from torch import Tensor, nn
 from ..core.errors import AdaptError
 
 Augmentation = Literal["none", "flip", "random_resized_crop"]
+Mode = Literal["backbone", "imagenet", "vtab_orig", "vtab_vpt", "vtab_fact", "vtab_raw"]
 Box = tuple[float, float, float, float]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Interpolation, mean and std (None: the backbone's) of the lines of work on VTAB-1k.
+_VTAB: dict[str, tuple[str, tuple[float, ...] | None, tuple[float, ...] | None]] = {
+    "vtab_orig": ("bilinear", None, None),
+    "vtab_vpt": ("bilinear", IMAGENET_MEAN, IMAGENET_STD),
+    "vtab_fact": ("bicubic", IMAGENET_MEAN, IMAGENET_STD),
+    "vtab_raw": ("bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 _INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -87,14 +95,42 @@ class Preprocessing:
 
     def imagenet(self) -> Preprocessing:
         """ImageNet's usual preprocessing at this size, whatever the backbone was trained with."""
-        one = len(self.mean) == 1
         return Preprocessing(
             size=self.size,
-            mean=(sum(IMAGENET_MEAN) / 3,) if one else IMAGENET_MEAN,
-            std=(sum(IMAGENET_STD) / 3,) if one else IMAGENET_STD,
+            mean=self._of_my_channels(IMAGENET_MEAN),
+            std=self._of_my_channels(IMAGENET_STD),
             interpolation="bilinear",
             crop_pct=0.875,
         )
+
+    def in_mode(self, mode: Mode) -> Preprocessing:
+        """These settings, being a backbone's own, under one of the names that papers differ by.
+
+        ===========  ==========================================================================
+        `backbone`   as they are
+        `imagenet`   see `imagenet`
+        `vtab_orig`  squashed to the size, bilinear, the backbone's mean and std (Adapter+)
+        `vtab_vpt`   the same with ImageNet's mean and std (VPT, MoSA)
+        `vtab_fact`  squashed, bicubic, ImageNet's mean and std (FacT, Convpass, Hydra)
+        `vtab_raw`   squashed, bicubic, pixels from 0 to 1 as they are (Bi-AdaptFormer, FPET)
+        ===========  ==========================================================================
+
+        Numbers of two `vtab_` modes do not belong in one table: the mode moves a mean over VTAB-1k
+        by more than a point. (VPT and Adapter+ resize in TensorFlow, here PIL does it.)
+        """
+        if mode not in _VTAB:
+            return self.imagenet() if mode == "imagenet" else self
+        interpolation, mean, std = _VTAB[mode]
+        return Preprocessing(
+            size=self.size,
+            mean=self.mean if mean is None else self._of_my_channels(mean),
+            std=self.std if std is None else self._of_my_channels(std),
+            interpolation=interpolation,
+            crop_mode="squash",
+        )
+
+    def _of_my_channels(self, colours: tuple[float, ...]) -> tuple[float, ...]:
+        return (sum(colours) / 3,) if len(self.mean) == 1 else colours
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from ..core.training import AdaptedModule
 from .backbones import Backbone, feature_width
 from .data import ImageData
 from .predict import TASK, describe
-from .preprocessing import Preprocessing
+from .preprocessing import Mode, Preprocessing
 
 Batch = tuple[Tensor, Tensor]
 
@@ -38,8 +38,9 @@ class ImageClassification(AdaptedModule):
     top-1 accuracy, macro F1 and the calibration error (15 bins), all from 0 to 1.
 
     `preprocessing` is the backbone's own, ImageNet's (AdapterTune's authors: for every backbone),
-    or settings of your own. `classes` are the data's unless given. The other settings are
-    `AdaptedModule`'s. Class names, preprocessing and backbone travel in the adapter file.
+    one of VTAB-1k's (see `Preprocessing.in_mode`), or settings of your own. `classes` are the
+    data's unless given. The other settings are `AdaptedModule`'s. Class names, preprocessing and
+    backbone travel in the adapter file.
 
     >>> from polyadapt.core import LoRA
     >>> from polyadapt.vision.backbones import TimmBackbone
@@ -59,7 +60,7 @@ class ImageClassification(AdaptedModule):
         adapter: Recipe,
         at: str | list[str] | None = None,
         *,
-        preprocessing: Literal["backbone", "imagenet"] | Preprocessing = "backbone",
+        preprocessing: Mode | Preprocessing = "backbone",
         label_smoothing: float = 0.0,
         classes: list[str] | None = None,
         **training: Any,
@@ -69,9 +70,8 @@ class ImageClassification(AdaptedModule):
         super().__init__(backbone.build(), adapter, at, **training)
         self.spec = backbone
         own = backbone.preprocessing(self.backbone)
-        modes = {"backbone": own, "imagenet": own.imagenet()}
         self.preprocessing = (
-            modes[preprocessing] if isinstance(preprocessing, str) else preprocessing
+            own.in_mode(preprocessing) if isinstance(preprocessing, str) else preprocessing
         )
         self.label_smoothing = label_smoothing
         self.consistency: float = getattr(adapter, "consistency", 0.0)

@@ -1,0 +1,164 @@
+"""One fit, measured and recorded; a record that is there already stands for its fit."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..core.container import write_atomically
+from ..core.errors import AdaptError
+
+if TYPE_CHECKING:
+    from .configuration import VisionCLI
+
+RECORD = "record.json"
+Part = Literal["val", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a number needs beside it to be compared with another."""
+
+    name: str
+    method: str
+    rank: int | None
+    backbone: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: str
+    interpolation: str
+    train_images: int
+    part: str
+    seed: int
+    epochs: int
+    epoch_rule: str
+    mean_convention: str
+    top1: float
+    macro_f1: float
+    calibration_error: float
+    loss: float
+    trainable: int
+    head: int
+    with_head: int
+    seconds: float
+    settings: str
+    """SHA-256 of the run's whole configuration."""
+
+
+def fit_once(
+    words: Sequence[str], folder: Path, *, part: Part, name: str, mean_convention: str = "none"
+) -> Record:
+    """Fit with the words of `polyadapt vision fit`, measure the last epoch's file on one part.
+
+    `folder` then holds the run's files and, last of all, its record. A fit whose record is there
+    is not repeated; one that was stopped before its record was written starts again.
+
+    Raises `AdaptError` when the record there is of other settings, and for a `monitor`, which
+    would report another epoch than the last.
+    """
+    from .complaints import errors_in_one_line
+    from .fit import calm
+
+    with calm(), errors_in_one_line():
+        settings = _settings(words)
+        done = read_record(folder)
+        if done is None:
+            found = _fitted([*words, f"--run={folder}"], folder, part)
+            done = Record(name=name, mean_convention=mean_convention, settings=settings, **found)
+            write_atomically(folder / RECORD, json.dumps(dataclasses.asdict(done)).encode())
+        elif (done.settings, done.part, done.name) != (settings, part, name):
+            raise AdaptError(f"{folder} holds a run with other settings: choose another --out")
+    return done
+
+
+def seeded(seed: int) -> list[str]:
+    """The words that give a fit and its data a seed."""
+    return [f"--seed_everything={seed}", f"--data.init_args.seed={seed}"]
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of a finished fit, if there is one."""
+    file = folder / RECORD
+    if not file.is_file():
+        return None
+    try:
+        fields: dict[str, Any] = json.loads(file.read_text())
+        return Record(**fields | {name: tuple(fields[name]) for name in ("mean", "std")})
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdaptError(f"{file} is no record of a fit: {error}; remove it") from error
+
+
+def records_csv(records: Sequence[Record]) -> bytes:
+    """The records as CSV, a column per field."""
+    text = io.StringIO()
+    names = [field.name for field in dataclasses.fields(Record)]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        row = dataclasses.asdict(record)
+        writer.writerow(
+            {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in row.items()}
+        )
+    return text.getvalue().encode()
+
+
+def _settings(words: Sequence[str]) -> str:
+    from .configuration import Parsed
+
+    parsed = Parsed("fit", words)
+    if parsed.config.monitor is not None:
+        raise AdaptError(
+            f"monitor={parsed.config.monitor!r} is not allowed here: what is reported is the last"
+            " epoch, not the best one"
+        )
+    return hashlib.sha256(parsed.effective().encode()).hexdigest()
+
+
+def _fitted(words: Sequence[str], folder: Path, part: Part) -> dict[str, Any]:
+    from .configuration import VisionCLI
+    from .fit import measure, train
+    from .run_folder import ADAPTER, CONFIG
+
+    cli = VisionCLI("fit", words)
+    start = time.perf_counter()
+    train(cli)
+    seconds = time.perf_counter() - start
+    saved = [f"--config={folder / CONFIG}", f"--set={folder / ADAPTER}"]
+    metrics = measure("validate" if part == "val" else "test", saved, verbose=False)
+    shares = ("top1", "macro_f1", "calibration_error", "loss")
+    found = {share: metrics[f"{part}_{share}"] for share in shares}
+    return {**_about(cli), **found, "part": part, "seconds": seconds}
+
+
+def _about(cli: VisionCLI) -> dict[str, Any]:
+    task, wants = cli.model, cli.model.preprocessing
+    spec = task.spec.to_json()
+    recipe = task.adapters.recipe
+    trainable = task.adapters.trainable_count()
+    head = sum(parameter.numel() for parameter in task.head.parameters())
+    crop = "" if wants.crop_pct == 1 else f" of 1 / {wants.crop_pct:g}"
+    resize = "squash" if wants.crop_mode == "squash" else "shorter side, centre crop"
+    return {
+        "method": type(recipe).__name__,
+        "rank": getattr(recipe, "rank", None),
+        "backbone": spec.get("name", spec["backbone"]),
+        "mean": wants.mean,
+        "std": wants.std,
+        "resize": f"{wants.size[0]}x{wants.size[1]}, {resize}{crop}",
+        "interpolation": wants.interpolation,
+        "train_images": len(cli.datamodule.images("train")),
+        "seed": cli.datamodule.seed,
+        "epochs": cli.trainer.current_epoch,
+        "epoch_rule": "last",
+        "trainable": trainable,
+        "head": head,
+        "with_head": trainable + head,
+    }
