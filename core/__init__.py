@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from .activation import activate as activate
     from .combining import combine as combine
     from .errors import AdaptError as AdaptError
+    from .peft_reading import import_peft as import_peft
+    from .peft_writing import export_peft as export_peft
     from .recipe import Adapter as Adapter
     from .recipe import Recipe as Recipe
     from .run_files import RunFiles as RunFiles
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from .sets import switch as switch
     from .sites import Site as Site
     from .sites import select as select
+    from .stacking import stack as stack
     from .store import load as load
     from .training import AdaptedModule as AdaptedModule
 
@@ -35,9 +38,12 @@ _HOME = {
     "activate": "activation",
     "attach": "sets",
     "combine": "combining",
+    "export_peft": "peft_writing",
+    "import_peft": "peft_reading",
     "load": "store",
     "select": "sites",
     "sets_of": "sets",
+    "stack": "stacking",
     "switch": "sets",
 }
 

@@ -9,7 +9,7 @@ there, which sets the forward used. Whatever is recomputed behind that node asks
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -24,16 +24,25 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
     from .drawer import Drawer
-    from .gathered import Kept
+    from .gathered import Branches
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """A stack's factors by layer path, and the number of each sample's set [batch]."""
+
+    parts: Mapping[str, Sequence[tuple[Branches, Tensor]]]
+    index: Tensor
 
 
 @dataclass(frozen=True)
 class Active:
-    """The sets that act on a call: `names` in order on every sample, or one name per sample."""
+    """The sets that act on a call: `names` in order on every sample, or one per sample."""
 
     names: tuple[str, ...] = ()
     per_sample: tuple[str | None, ...] | None = None
-    kept: dict[int, Kept] = field(default_factory=dict, compare=False, repr=False)
+    routed: Routed | None = None
+    kept: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
     """By slot: what a mixed batch needs there, gathered once for all calls of the activation."""
 
 
@@ -70,7 +79,13 @@ def activate(
     from .drawer import drawer_of
 
     drawer = drawer_of(backbone)
-    active = drawer.checked(wanted(names, per_sample))
+    with overriding(drawer, drawer.checked(wanted(names, per_sample))):
+        yield
+
+
+@contextmanager
+def overriding(drawer: Drawer, active: Active) -> Iterator[None]:
+    """Within, and in this thread only: these sets instead of the default."""
     token = _OVERRIDES.set((*_OVERRIDES.get(), (id(drawer), active)))
     try:
         yield

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .layers import FrozenLayer, LinearLayer, Rows, replace_rows
-from .recipe import Adapter, Branch, Branching, LowRank
+from .recipe import Adapter, Branch, Branching, LowRank, Piece
 
-Piece = tuple[FrozenLayer, Adapter]
 _EVER = count(1)
 
 
@@ -64,18 +64,29 @@ class Chosen:
         return y.index_copy(0, self.samples, own)
 
 
-def apply(chosen: Sequence[Chosen], x: Tensor, y: Tensor, batch_axis: int) -> Tensor:
+@dataclass(frozen=True)
+class Masked:
+    """The same when a tensor tells which samples have an adapter: no shape depends on it."""
+
+    branches: Branches  # one per sample
+    acts: Tensor  # bool [batch]
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """Samples first; a sample without an adapter keeps its bits."""
+        acts = self.acts.view(-1, *(1,) * (y.ndim - 1))
+        return torch.where(acts, self.branches.output(x, y), y)
+
+
+def apply(chosen: Sequence[Chosen | Masked], x: Tensor, y: Tensor, batch_axis: int) -> Tensor:
     """A layer's output with every part changed; `batch_axis` is where samples lie."""
     x, y = x.movedim(batch_axis, 0), y.movedim(batch_axis, 0)
     parts: list[tuple[Rows, Tensor]] = []
     for part in chosen:
-        rows = part.branches.layer.rows
-        if rows is None:
-            y = part.output(x, y)
-        else:
-            parts.append((rows, part.output(x, y[..., rows[0] : rows[1]])))
-    y = replace_rows(y, parts, -1) if parts else y
-    return y.movedim(0, batch_axis)
+        start, stop = part.branches.layer.rows or (0, y.shape[-1])
+        if any(start < end and begin < stop for (begin, end), _ in parts):
+            y, parts = replace_rows(y, parts, -1), []  # sets may split a layer differently
+        parts.append(((start, stop), part.output(x, y[..., start:stop])))
+    return replace_rows(y, parts, -1).movedim(0, batch_axis)
 
 
 def choose(
@@ -92,6 +103,24 @@ def choose(
     return [_chosen(entries, size) for entries in by_part.values()]
 
 
+def routed(
+    parts: Sequence[tuple[Branches, Tensor]], index: Tensor, kept: dict[int, Any], slot: int
+) -> list[Masked]:
+    """Each sample's branch of a stack, gathered once per activation unless compiled."""
+    if torch.compiler.is_compiling():
+        return _routed(parts, index)
+    made: tuple[list[tuple[int, int]], list[Masked]] | None = kept.get(slot)
+    mark = _marks([index])  # another choice may be written into the tensor
+    if made is None or made[0] != mark:
+        kept[slot] = made = (mark, _routed(parts, index))
+    return made[1]
+
+
+def _routed(parts: Sequence[tuple[Branches, Tensor]], index: Tensor) -> list[Masked]:
+    some = index.clamp_min(0)
+    return [Masked(branches.pick(some), (index >= 0) & has[some]) for branches, has in parts]
+
+
 @dataclass(frozen=True)
 class Kept:
     """A choice for the calls to come, as long as nothing that it was made from has changed."""
@@ -103,7 +132,7 @@ class Kept:
     modes: Sequence[bool]
 
     def fresh(self, adapters: Mapping[str, Sequence[Piece]]) -> bool:
-        """Same adapters, same mode, no tensor written since (`.data` swaps memory, not versions)."""
+        """Same adapters, same mode, no tensor written since (by version, and by memory)."""
         return (
             all(adapters.get(name) is piece for name, piece in self.pieces.items())
             and self.modes == _modes(self.pieces)

@@ -166,4 +166,5 @@ def replace_rows(whole: Tensor, parts: Sequence[tuple[Rows, Tensor]], axis: int 
         pieces += [whole.narrow(axis, done, start - done), piece]
         done = stop
     pieces.append(whole.narrow(axis, done, whole.shape[axis] - done))
-    return torch.cat([p for p in pieces if p.shape[axis]], dim=axis)
+    kept = [p for p in pieces if p.shape[axis]]
+    return kept[0] if len(kept) == 1 else torch.cat(kept, dim=axis)

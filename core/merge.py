@@ -14,8 +14,8 @@ from .drawer import drawer_of
 from .errors import AdaptError
 from .kinds import layer_at
 from .layers import FrozenLayer
-from .recipe import ActsOnWeight, Adapter
-from .slots import Piece, apply_weights
+from .recipe import ActsOnWeight, Adapter, Piece
+from .slots import apply_weights
 
 if TYPE_CHECKING:
     from .sets import AdapterSet

@@ -20,9 +20,9 @@ from .layers import (
     LinearLayer,
     TransposedLinearLayer,
 )
-from .recipe import ActsOnWeight
+from .recipe import ActsOnWeight, Piece
 from .sites import Site
-from .slots import Piece, apply_weights
+from .slots import apply_weights
 from .store import AdapterFile, check_fit, read_file
 
 _LAYERS: dict[str, type[FrozenLayer]] = {

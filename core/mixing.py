@@ -30,7 +30,7 @@ def groups(per_sample: Sequence[str | None], known: Container[str]) -> dict[str,
     return found
 
 
-def check_batch(size: int, per_sample: Sequence[str | None], where: str) -> None:
+def check_batch(size: int, per_sample: Sequence[str | None] | Tensor, where: str) -> None:
     """The batch has one sample per name."""
     if size != len(per_sample):
         raise AdaptError(

@@ -24,7 +24,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias, runtime_checkable
 
 import torch
 from torch import Generator, Tensor, nn
@@ -114,6 +114,10 @@ class Adapter(nn.Module):
     def deployed(self) -> Adapter:
         """The adapter that inference needs; itself unless training holds more."""
         return self
+
+
+Piece: TypeAlias = "tuple[FrozenLayer, Adapter]"
+"""An adapter and the rows of the layer that it sits on."""
 
 
 @dataclass(frozen=True, kw_only=True)

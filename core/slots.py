@@ -17,11 +17,11 @@ from .activation import Active, current
 from .drawer import Drawer
 from .errors import AdaptError
 from .ffn_input import FFNInput
-from .gathered import Chosen, Piece, apply, choose, keep
+from .gathered import Chosen, apply, choose, keep, routed
 from .inject import frame
 from .layers import FrozenLayer, Rows, replace_rows
 from .mixing import check_batch, groups
-from .recipe import ActsOnInput, ActsOnOutput, ActsOnWeight, Adapter
+from .recipe import ActsOnInput, ActsOnOutput, ActsOnWeight, Piece
 
 
 class Slot:
@@ -135,6 +135,14 @@ class OutputSlot(Slot):
     ) -> Any:
         active = current(self.drawer)
         ffn = None if self.ffn is None else self.ffn.take()
+        if active.routed is not None:
+            parts, index = active.routed.parts.get(self.path), active.routed.index
+            if parts is None:
+                return None
+            x, y = self._tensor(args, kwargs), _first_tensor(output, self.path)
+            check_batch(y.shape[self.batch_axis], index, self.path)
+            masked = routed(parts, index, active.kept, id(self))
+            return _with_first_tensor(output, apply(masked, x, y, self.batch_axis))
         if active.per_sample is None:
             names = self.acting(active)
         else:
