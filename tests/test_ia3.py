@@ -168,7 +168,7 @@ def test_weight_decay_leaves_the_gains_alone() -> None:
 @pytest.mark.parametrize(
     ("model", "at", "message"),
     [
-        (nn.Sequential(nn.Conv2d(2, 3, 1)), "0", "IA3: 0 is of kind conv2d: inputs names only linear"),
+        (nn.Sequential(nn.Conv2d(2, 3, 1)), "0", "0 is of kind conv2d: inputs takes linear"),
         (nn.Sequential(nn.Embedding(5, 3)), "0", "IA3: 0 is of kind embedding"),
         (vit(), "blocks.0.attn.qkv[v]", "is a part of a layer that is called"),
         (vit(), "blocks.0", "blocks.0 is a whole module"),

@@ -109,7 +109,7 @@ class IA3(Recipe):
             return OutputGain(d_out)
         require(
             site.kind in SCALED_INPUTS,
-            f"IA3: {site.name} is of kind {site.kind}: inputs names only {', '.join(SCALED_INPUTS)}",
+            f"IA3: {site.name} is of kind {site.kind}: inputs takes {', '.join(SCALED_INPUTS)}",
         )
         require(
             site.rows is None or site.slot == "weight",
