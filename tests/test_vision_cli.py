@@ -291,7 +291,9 @@ def test_help_of_the_domain_loads_nothing_that_makes_one_wait() -> None:
     assert "compare" in ran.stdout
 
 
-@pytest.mark.parametrize("verb", ["fit", "test", "predict", "compare", "sites", "vtab"])
+@pytest.mark.parametrize(
+    "verb", ["fit", "test", "predict", "compare", "sites", "vtab", "sweep-rank"]
+)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(["vision", verb, "--help"])

@@ -16,6 +16,7 @@ VERBS = {
     "test": "measure an adapter file or a checkpoint on the test images",
     "predict": "classify image files with an adapter file",
     "compare": "train several configurations on the same data and seeds, side by side",
+    "sweep-rank": "fit one configuration at several ranks; where the gain levels off",
     "vtab": "fit and measure the tasks of VTAB-1k; a table with both means",
     "sites": "show where a pattern would put adapters on a timm backbone",
     "quickstart": "adapt the tiny ViT to real digits, in minutes",

@@ -226,13 +226,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--configs", nargs="+", type=Path, required=True, metavar="YAML")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--seeds", type=seeds, default=[0], metavar="0,1,...", help="default: 0")
+    parser.add_argument(
+        "--seeds", type=whole_numbers, default=[0], metavar="0,1,...", help="default: 0"
+    )
     return parser
 
 
-def seeds(text: str) -> list[int]:
+def whole_numbers(text: str) -> list[int]:
     """The numbers of a list such as 0,1,2."""
     words = text.split(",")
     if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different seeds such as 0,1,2")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of different whole numbers such as 0,1,2"
+        )
     return [int(word) for word in words]

@@ -33,7 +33,11 @@ def fit(argv: Sequence[str]) -> VisionCLI:
     if not (cli.config.overwrite or cli.config.trainer.fast_dev_run):
         refuse_to_replace(cli.folder, cli.config.ckpt_path)
     print(str(cli.model.adapters).splitlines()[0], flush=True)
-    train(cli)
+    try:
+        train(cli)
+    except KeyboardInterrupt:
+        say_how_to_go_on(cli.folder)
+        raise
     return cli
 
 
@@ -44,7 +48,6 @@ def train(cli: VisionCLI) -> None:
     except SystemExit:
         if cli.trainer.state.status != TrainerStatus.INTERRUPTED:
             raise
-        say_how_to_go_on(cli.folder)
         raise KeyboardInterrupt from None  # Lightning has turned it into exit code 1
 
 

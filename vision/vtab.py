@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..core.cli import OneLineParser
 from ..core.container import write_atomically
-from .compare import seeds
+from .compare import whole_numbers
 from .records import Record, fit_once, records_csv, seeded
 from .vtab_tasks import (
     FINAL,
@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--root", type=Path, required=True, metavar="FOLDER", help="holds a folder per task")
     add("--config", type=Path, required=True, metavar="YAML", help="model, trainer, batch size")
     add("--out", type=Path, required=True, metavar="FOLDER", help="for runs, records and table")
-    add("--seeds", type=seeds, default=[0], metavar="0,1,...", help="default: 0")
+    add("--seeds", type=whole_numbers, default=[0], metavar="0,1,...", help="default: 0")
     add(
         "--split",
         choices=SPLITS,
