@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class Branches:
 
     layer: FrozenLayer
     down: Tensor  # [n, r, d_in]
-    up: Tensor  # [n, d_out, r]
+    up: Tensor  # [n, r, d_out]: its rows are read one after another
     gain: Tensor | None  # [n, d_out]
 
     def pick(self, index: Tensor) -> Branches:
@@ -43,9 +44,9 @@ class Branches:
         flat = y.reshape(len(y), -1, y.shape[-1])
         hidden = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), self.down.mT)
         if self.gain is None:
-            return torch.baddbmm(flat, hidden, self.up.mT).view(y.shape).to(y.dtype)
+            return torch.baddbmm(flat, hidden, self.up).view(y.shape).to(y.dtype)
         base = flat if self.layer.bias is None else flat - self.layer.bias
-        changed = (self.gain - 1)[:, None] * base + torch.bmm(hidden, self.up.mT)
+        changed = (self.gain - 1)[:, None] * base + torch.bmm(hidden, self.up)
         return (flat + changed).view(y.shape).to(y.dtype)
 
 
@@ -165,9 +166,10 @@ def _chosen(entries: Sequence[tuple[Piece, Branch, Sequence[int]]], size: int) -
     (layer, _), _, _ = entries[0]
     owner = {sample: n for n, (_, _, rows) in enumerate(entries) for sample in rows}
     samples = sorted(owner)
-    stacked = stack_branches(layer, [branch for _, branch, _ in entries])
-    device = stacked.down.device
-    picked = stacked.pick(torch.tensor([owner[s] for s in samples], device=device))
+    picked = stack_branches(layer, [branch for _, branch, _ in entries])
+    device, order = picked.down.device, [owner[s] for s in samples]
+    if order != list(range(len(entries))):
+        picked = picked.pick(torch.tensor(order, device=device))
     everyone = len(samples) == size
     return Chosen(picked, None if everyone else torch.tensor(samples, device=device))
 
@@ -179,21 +181,34 @@ def branch_of(adapter: Adapter, layer: FrozenLayer) -> Branch | None:
     dropout: float = getattr(adapter, "dropout", 0.0)
     if adapter.training and dropout > 0:
         return None
-    if isinstance(adapter, Branching):
-        return adapter.branch(layer)
-    if not isinstance(adapter, LowRank):
+    form = _form(type(adapter))  # type: ignore[arg-type]  # classes hash
+    if form is Branching:
+        return cast(Branching, adapter).branch(layer)
+    if form is None:
         return None
-    a, b, p, scale = adapter.factors()
-    return Branch(a, scale * (b if p is None else b * p))
+    a, b, p, scale = cast(LowRank, adapter).factors()
+    return Branch(a, b if p is None else b * p, scale)
+
+
+@cache
+def _form(adapter: type[Adapter]) -> type | None:
+    """Asking a protocol takes longer than the rest of a decoding step's work on one adapter."""
+    return next((p for p in (Branching, LowRank) if issubclass(adapter, p)), None)
 
 
 def stack_branches(layer: FrozenLayer, branches: Sequence[Branch]) -> Branches:
     """Branches of several ranks in one tensor: smaller ones are filled up with zeros."""
     rank, dtype = max(len(b.down) for b in branches), layer.stored.dtype
-    down = torch.stack([F.pad(b.down, (0, 0, 0, rank - len(b.down))) for b in branches])
-    up = torch.stack([F.pad(b.up, (0, rank - b.up.shape[1])) for b in branches])
+    down = torch.stack([_filled(b.down, rank) for b in branches])
+    up = torch.stack([_filled(b.up.mT, rank) for b in branches])
+    if any(b.scale != 1 for b in branches):
+        up = up * torch.tensor([b.scale for b in branches], device=up.device)[:, None, None]
     gain = None
     if any(b.gain is not None for b in branches):
-        ones = torch.ones(up.shape[1], device=up.device)
+        ones = torch.ones(up.shape[-1], device=up.device)
         gain = torch.stack([ones if b.gain is None else b.gain for b in branches])
     return Branches(layer, down.to(dtype), up.to(dtype), gain)
+
+
+def _filled(factor: Tensor, rank: int) -> Tensor:
+    return F.pad(factor, (0, 0, 0, rank - len(factor))) if len(factor) < rank else factor

@@ -74,10 +74,11 @@ class LowRank(Protocol):
 
 @dataclass(frozen=True)
 class Branch:
-    """y + (gain - 1)(y - bias) + up down x: an adapter on a linear layer, scales folded in."""
+    """y + (gain - 1)(y - bias) + scale * up down x: an adapter on a linear layer."""
 
     down: Tensor  # [r, d_in]
     up: Tensor  # [d_out, r]
+    scale: float = 1.0
     gain: Tensor | None = None  # [d_out]
 
 

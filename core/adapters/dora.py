@@ -92,9 +92,9 @@ class DoRAAdapter(PairAdapter):
         return (y + (layer.channels(gain - 1) * base + branch)).to(y.dtype)
 
     def branch(self, layer: FrozenLayer) -> Branch:
-        """g = m / n as the gain, g s B and A as the factors."""
+        """g = m / n as the gain, A and g B as the factors."""
         gain = self.m / self.norm(layer).to(self.m.dtype)
-        return Branch(self.A, (gain * self.scale)[:, None] * self.B, gain)
+        return Branch(self.A, gain[:, None] * self.B, self.scale, gain)
 
     def norm(self, layer: FrozenLayer) -> Tensor:
         """n of this layer, kept until a factor or W0 changes.
