@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from .sets import AdapterSet, build_set, check_tensors, install
 from .sites import Site, Sites, refuse_repeated, select
 
 FORMAT = 1
+Held = TypeVar("Held")
 _HEAD = ".head/"  # no site is called so: no path starts with a dot
 _SITE_FIELDS = ("path", "parameter", "part", "rows", "kind", "shape", "slot")
 
@@ -75,17 +76,17 @@ def read_file(path: str | Path) -> AdapterFile:
     if record.get("format") != FORMAT:
         raise StoreError(f"{path} has format {record.get('format')!r}; this version reads {FORMAT}")
     try:
-        sites = Sites(_site(entry) for entry in record["sites"])
+        sites = Sites(_site(entry) for entry in _of(list, record["sites"]))
         refuse_repeated(sites)
         found = AdapterFile(
             name=_text(record["name"]),
             recipe=Recipe.from_json(record["recipe"]),
             sites=sites,
             tensors={k: t for k, t in tensors.items() if not k.startswith(_HEAD)},
-            fingerprint=dict(record["fingerprint"]),
+            fingerprint=_of(dict, record["fingerprint"]),
             head={k.removeprefix(_HEAD): t for k, t in tensors.items() if k.startswith(_HEAD)},
-            extra=dict(record["extra"]),
-            versions=dict(record["versions"]),
+            extra=_of(dict, record["extra"]),
+            versions=_of(dict, record["versions"]),
             backbone_class=_text(record["backbone_class"]),
         )
     except StoreError:
@@ -175,6 +176,13 @@ def _site(entry: Mapping[str, Any]) -> Site:
         slot=_text(entry["slot"]),  # type: ignore[arg-type]  # `select` refuses other words
         why="as saved",
     )
+
+
+def _of(kind: type[Held], value: object) -> Held:
+    """Exactly what it should be: a list of pairs would pass for a dict, an empty text for both."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r}, which is not a {kind.__name__}")
+    return value
 
 
 def _text(value: object) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,27 @@ def forged(tensors: dict[str, Any], data: bytes, record: str = RECORD) -> bytes:
 def one(**changes: object) -> dict[str, Any]:
     """A tensor of two numbers, with changes."""
     return {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}
+
+
+def grammar(dice: random.Random, depth: int = 0) -> object:
+    """Any JSON value, mostly of the words that a header has."""
+    plain: list[object] = [0, 1, 8, -1, 2**63, 1.5, True, None, "F32", "BF16", "x", "", [0, 8], [2]]
+    kind = dice.random()
+    if depth > 3 or kind < 0.5:
+        return dice.choice(plain)
+    if kind < 0.6:
+        return [grammar(dice, depth + 1) for _ in range(dice.randrange(4))]
+    keys = ["dtype", "shape", "data_offsets", "x", "y", "__metadata__", "polyadapt", "digest"]
+    return {dice.choice(keys): grammar(dice, depth + 1) for _ in range(dice.randrange(5))}
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container of a JSON value with each of its keys."""
+    keys: Iterable[Any] = ()
+    if isinstance(value, dict):
+        keys = value
+    elif isinstance(value, list):
+        keys = range(len(value))
+    for key in keys:
+        yield value, key
+        yield from places(value[key])

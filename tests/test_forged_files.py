@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from polyadapt.tests.broken_files import (
     backbone,
     forged,
     good_content,
+    grammar,
     header_end,
     line_of,
     one,
     overwrite,
+    places,
     raw,
     survivors,
 )
@@ -172,18 +174,6 @@ def test_names_are_only_names(tmp_path: Path, content: bytes, name: str) -> None
     assert sorted(os.listdir(tmp_path.parent)) == before
 
 
-def grammar(dice: random.Random, depth: int = 0) -> object:
-    """Any JSON value, mostly of the words that a header has."""
-    plain: list[object] = [0, 1, 8, -1, 2**63, 1.5, True, None, "F32", "BF16", "x", "", [0, 8], [2]]
-    kind = dice.random()
-    if depth > 3 or kind < 0.5:
-        return dice.choice(plain)
-    if kind < 0.6:
-        return [grammar(dice, depth + 1) for _ in range(dice.randrange(4))]
-    keys = ["dtype", "shape", "data_offsets", "x", "y", "__metadata__", "polyadapt", "digest"]
-    return {dice.choice(keys): grammar(dice, depth + 1) for _ in range(dice.randrange(5))}
-
-
 def test_headers_made_at_random_are_refused(tmp_path: Path) -> None:
     dice = random.Random(1)
 
@@ -225,18 +215,6 @@ def test_records_made_at_random_are_refused(content: bytes, tmp_path: Path) -> N
             wrong += [] if str(error).isprintable() and str(path) in str(error) else [str(error)]
     assert wrong == []
     assert loaded < 200
-
-
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container of a JSON value with each of its keys."""
-    keys: Iterable[Any] = ()
-    if isinstance(value, dict):
-        keys = value
-    elif isinstance(value, list):
-        keys = range(len(value))
-    for key in keys:
-        yield value, key
-        yield from places(value[key])
 
 
 def test_reading_leaves_no_file_open(content: bytes, tmp_path: Path) -> None:

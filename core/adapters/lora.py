@@ -123,6 +123,8 @@ class LoRA(Recipe):
         require_rank(name, self.rank)
         alpha = float(self.rank) if self.alpha is None else self.alpha
         object.__setattr__(self, "alpha", alpha)  # the number that acts is the number that is saved
+        plain = isinstance(self.ranks, Mapping)
+        require(plain, f"{name}: ranks={self.ranks!r} is not allowed: site pattern -> rank")
         object.__setattr__(self, "ranks", dict(self.ranks))
         require_finite(
             name,
