@@ -7,51 +7,81 @@ refusal is one line.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 from .errors import StoreError
 
 _LONGEST_HEADER = 64 << 20
 _MOST_DIMS = 64  # torch's own limit
-_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL"), 1),
+_WORDS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
+_BYTES = {word: dtype.itemsize for dtype, word in _WORDS.items()}
 
 
 def write(path: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write record and tensors beside `path`, then rename: whole or not at all."""
-    from safetensors.torch import save
+    """Write record and tensors beside `path`, then rename: whole or not at all.
 
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in sorted(tensors.items())}
+    safetensors' own writer lists the metadata in a random order, and copies all bytes twice: the
+    same set shall give the same file, and saving shall cost little more than hashing.
+    """
     try:
         text = json.dumps(record, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise StoreError(f"cannot write {path}: its record is not JSON: {error}") from error
-    bare = save(plain)
-    header, start = _header(io.BytesIO(bare), path)
-    data = memoryview(bare)[start:]
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _WORDS:
+            raise StoreError(f"cannot write {path}: {name!r} is {tensor.dtype}, which has no word")
+    # Wide numbers first, so that every tensor lies at a multiple of its word.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    plain = [(name, t.detach().cpu().contiguous()) for name, t in ordered]
+    header, data = _places(plain), [_raw(t) for _, t in plain]
     signed = {"digest": _digest(text, header, data), "polyadapt": text}
-    # The library's own header would list the metadata in a random order: the same set shall give
-    # the same bytes. Neither blanks nor escapes, which could change without a trace.
+    # Neither blanks nor escapes, which could change without a trace.
     whole = {"__metadata__": signed, **header}
     head = json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    write_atomically(path, len(head).to_bytes(8, "little") + head + data)
+    write_atomically(path, len(head).to_bytes(8, "little"), head, *data)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def _places(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
+    """The header of a safetensors file with these tensors one behind another."""
+    header, begin = {}, 0
+    for name, tensor in tensors:
+        end = begin + tensor.numel() * tensor.dtype.itemsize
+        word, shape = _WORDS[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": word, "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    return header
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_atomically(path: Path, *content: bytes | memoryview) -> None:
     """Replace `path` by `content` in one step; a failure leaves what was there."""
     if not path.parent.is_dir():
         raise StoreError(f"cannot write {path}: the folder {path.parent} does not exist")
@@ -61,7 +91,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise StoreError(f"cannot write {path}: {error.strerror}") from error
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -97,7 +127,7 @@ def _read(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]
         raise StoreError(f"{path} is a safetensors file but not an adapter file of polyadapt")
     file.seek(0)
     content = file.read()
-    found = _digest(metadata["polyadapt"], header, memoryview(content)[start:])
+    found = _digest(metadata["polyadapt"], header, [memoryview(content)[start:]])
     if metadata.get("digest") != found:
         raise StoreError(f"{path} is damaged: its content does not fit its digest")
     record = _json(metadata["polyadapt"], path)
@@ -176,9 +206,10 @@ def _json(text: bytes | str, path: Path) -> dict[str, Any]:
     return found
 
 
-def _digest(record: str, header: Mapping[str, Any], data: memoryview) -> str:
+def _digest(record: str, header: Mapping[str, Any], data: Iterable[memoryview]) -> str:
     """sha256 over the record, every tensor's name, dtype, shape and place, and all bytes."""
     tensors = {k: header[k] for k in sorted(header) if k != "__metadata__"}
     found = hashlib.sha256(json.dumps([record, tensors], sort_keys=True).encode())
-    found.update(data)
+    for part in data:
+        found.update(part)
     return found.hexdigest()

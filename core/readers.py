@@ -72,8 +72,9 @@ def batch_axis_of(model: nn.Module, path: str) -> int:
     for ancestor_path in (path, *_ancestors(path)):
         ancestor = model.get_submodule(ancestor_path)
         for holder in (ancestor, *ancestor.children()):
-            if isinstance(getattr(holder, "batch_first", None), bool):
-                return 0 if holder.batch_first else 1
+            first = vars(holder).get("batch_first")  # a plain attribute: no walk through parameters
+            if isinstance(first, bool):
+                return 0 if first else 1
     return 0
 
 

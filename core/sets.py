@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,7 @@ def build_set(
     check_set_name(name, sets_of(model))
     recipe.check(sites)
     adapters = [_build(model, recipe, site, generator) for site in sites]
+    recipe.check_model(model, sites)
     made = AdapterSet(name, recipe, sites, adapters).to(same_device(model))
     return made.train(model.training)
 
@@ -298,5 +300,17 @@ def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], wha
             raise AdaptError(
                 f"{what}: {key!r} is {list(tensor.shape)}, expected {list(wanted[key].shape)}"
             )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not all_finite(tensor):
             raise AdaptError(f"{what}: {key!r} holds NaN or infinity")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity.
+
+    >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([1.0, float("inf")]))
+    (True, False)
+    """
+    if not tensor.is_floating_point():
+        return True
+    total = float(tensor.detach().sum(dtype=torch.float64))  # one pass, no copy; finite: all are
+    return math.isfinite(total) or bool(tensor.isfinite().all())

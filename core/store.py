@@ -17,7 +17,7 @@ from . import container
 from .errors import AdaptError, SiteError, StoreError
 from .fingerprint import fingerprint
 from .recipe import Recipe
-from .sets import AdapterSet, build_set, check_tensors, install
+from .sets import AdapterSet, all_finite, build_set, check_tensors, install
 from .sites import Site, Sites, refuse_repeated, select
 
 FORMAT = 1
@@ -52,7 +52,7 @@ def save(adapter_set: AdapterSet, path: str | Path, *, training_state: bool = Fa
     tensors = {f"{s.name}/{k}": t for s, a in chosen for k, t in a.state_dict().items()}
     tensors |= {_HEAD + key: tensor for key, tensor in adapter_set.head.items()}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not all_finite(tensor):
             raise StoreError(f"set {adapter_set.name!r} is not saved: {name} holds NaN or infinity")
     recipe = adapter_set.recipe if training_state else adapter_set.recipe.deployed()
     backbone = adapter_set.backbone
@@ -96,7 +96,7 @@ def read_file(path: str | Path) -> AdapterFile:
     except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise StoreError(f"{path} is damaged: its record lacks or misstates {error}") from error
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not all_finite(tensor):
             raise StoreError(f"{path} is refused: {name!r} holds NaN or infinity")
     return found
 
