@@ -35,16 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    domains = {entry.name: entry for entry in metadata.entry_points(group="polyadapt.domains")}
+    domains = domain_commands()
     parser = _root_parser(sorted(domains))
     asked = parser.parse_args(argv)
     if asked.word is None:
         parser.print_help(sys.stderr)
         return 2
-    words = {"adapters": _adapters} | {
-        name: _domain_command(name, entry) for name, entry in domains.items()
-    }
+    words = {"adapters": _adapters, "sweep": _sweep} | domains
     return command_named(asked.word, words, "domain")(asked.rest)
+
+
+def domain_commands() -> dict[str, Command]:
+    """The installed domains; nothing of one is loaded before it is called."""
+    entries = metadata.entry_points(group="polyadapt.domains")
+    return {entry.name: _domain_command(entry.name, entry) for entry in entries}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -59,11 +63,15 @@ def _root_parser(domains: Sequence[str]) -> argparse.ArgumentParser:
         prog="polyadapt",
         description="Specialise frozen backbones with small adapter sets.",
         epilog=f"domains: {', '.join(domains) or 'none is installed'}. "
-        "`polyadapt adapters --help` and `polyadapt DOMAIN --help` list their verbs.",
+        "`polyadapt adapters --help` and `polyadapt DOMAIN --help` list their verbs; "
+        "`polyadapt sweep --help` tells how to fit one configuration many times.",
     )
     parser.add_argument("--version", action="version", version=f"polyadapt {__version__}")
     parser.add_argument(
-        "word", nargs="?", metavar="DOMAIN", help="a domain below, or `adapters` for files of sets"
+        "word",
+        nargs="?",
+        metavar="DOMAIN",
+        help="a domain below, `adapters` for files of sets, or `sweep` for many fits",
     )
     # Whatever follows the word, options and --help included, is the domain's to read.
     parser.add_argument(
@@ -100,3 +108,9 @@ def _adapters(argv: list[str]) -> int:
     from .verbs import adapters
 
     return adapters(argv)
+
+
+def _sweep(argv: list[str]) -> int:
+    from .sweep import main as sweep
+
+    return sweep(argv)

@@ -53,7 +53,9 @@ def test_help_names_the_installed_domains_and_the_verbs_of_the_core() -> None:
     assert ran.stderr == ""
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["adapters", "--help"], ["adapters", "merge", "-h"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["adapters", "--help"], ["adapters", "merge", "-h"], ["sweep", "-h"]]
+)
 def test_help_loads_nothing_that_makes_one_wait(argv: list[str]) -> None:
     code = (
         "import sys\nfrom polyadapt.core.cli import main\n"
