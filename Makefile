@@ -2,6 +2,7 @@
 #   make quickstart   adapt a small vision transformer to real digits, in minutes
 #   make test         format, lint, types and every test
 #   make check        the same with the fast tests only
+#   make docs         the documentation, as a site in build/site
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -10,17 +11,22 @@ BIN := $(VENV)/bin
 # torchvision works with exactly one torch, so the pair comes first and pinned; what follows then
 # finds its requirement met and leaves the pair alone.
 TORCH := torch==2.14.1 torchvision==0.29.1
-TEST_GROUPS := vision,vlm,speech,timeseries,offline,dev
+TEST_GROUPS := vision,vlm,speech,timeseries,offline,sweep,docs,dev
 
 # A stamp per set of groups and per content of pyproject.toml: install when either is new.
 KEY := $(shell sha256sum pyproject.toml | cut -c1-12)
 FOR_QUICKSTART := $(VENV)/.vision-$(KEY)
+FOR_DOCS := $(VENV)/.docs-$(KEY)
 FOR_TESTS := $(VENV)/.$(TEST_GROUPS)-$(KEY)
 
-.PHONY: quickstart test check lint format
+.PHONY: quickstart docs test check lint format
 
 quickstart: $(FOR_QUICKSTART)
 	$(BIN)/polyadapt vision quickstart
+
+# The variable leaves out a notice about Material's successor.
+docs: $(FOR_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: lint
 	$(BIN)/python -m pytest -q
