@@ -138,6 +138,12 @@ class Recipe:
     def check(self, sites: Sequence[Site]) -> None:
         """Refuse settings that do not fit the chosen sites as a whole."""
 
+    def check_model(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        """Refuse a backbone on which the method would not be what it says; the model is as it was.
+
+        Called after the adapters have been built.
+        """
+
     def build(self, site: Site, weight: Tensor | None, generator: Generator | None) -> Adapter:
         """The adapter at `site`; `weight` is the frozen W0 [d_out, d_in] (None for a block)."""
         raise AdaptError(f"{type(self).__name__} builds no adapters: it has no sites")

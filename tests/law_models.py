@@ -160,6 +160,19 @@ class Block(nn.Module):
         return y
 
 
+class AttentionBlock(Block):
+    """A whole transformer block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(WIDTH)
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        return super().forward(x + self.proj(F.scaled_dot_product_attention(q, k, v)))
+
+
 class Unused(nn.Module):
     """Calls `used` only."""
 
@@ -228,5 +241,6 @@ LAYERS = {
     "bias of attention": Layer(Attention, "attn.in_proj_bias[q,v]"),
     "norm": Layer(lambda: Around(nn.Linear(WIDTH, 12)), "norm.{weight,bias}"),
     "block": Layer(lambda: Around(Block(), d_out=WIDTH), "layer"),
+    "block with attention": Layer(lambda: Around(AttentionBlock(), d_out=WIDTH), "layer"),
     "block on a strided state": Layer(lambda: Strided(Block(), d_out=WIDTH), "layer"),
 }

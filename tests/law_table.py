@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from polyadapt.core import (
     IA3,
+    VPT,
     AdaLoRA,
     AdapterPlus,
     AdapterSet,
@@ -40,7 +41,8 @@ from polyadapt.tests.law_models import LAYERS
 
 VECTORS = ("bias", "bias of attention", "norm")
 BLOCKS = ("block", "block on a strided state")
-MATRICES = tuple(name for name in LAYERS if name not in (*VECTORS, *BLOCKS))
+ATTENDING = ("block with attention",)
+MATRICES = tuple(name for name in LAYERS if name not in (*VECTORS, *BLOCKS, *ATTENDING))
 LINEAR = tuple(name for name in MATRICES if "linear" in name or "Conv1D" in name)
 LINEAR = tuple(name for name in LINEAR if name != "linear that is read")
 WHOLE_LINEAR = (*(name for name in LINEAR if "rows" not in name), "linear that is read")
@@ -59,6 +61,7 @@ class Row:
     stored: Count | None = None  # None: what is trained
     weight: bool = False  # it has a weight form, so it merges
     output: bool = False
+    near: bool = True  # it starts near the backbone
     like: str = ""  # the row of the same adapter class: its cells stand for these in fast runs
 
 
@@ -161,6 +164,13 @@ ROWS = {
         # the upper projection's experts share a matrix, and have a bias each
         trained=lambda s: serial(s) + norm(s) + 3 * s.shape[0],
         stored=lambda s: serial(s) + norm(s),
+    ),
+    "VPT": Row(
+        recipe=VPT(prompts=3),
+        layers=ATTENDING,
+        trained=lambda s: 3 * s.shape[0],
+        output=True,
+        near=False,
     ),
     "BitFit": in_place(BitFit(), ("bias", "bias of attention")),
     "LayerNormTuning": in_place(LayerNormTuning(), ("norm",)),

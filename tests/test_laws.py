@@ -64,7 +64,7 @@ def test_a_fresh_set_leaves_every_bit_of_the_output(cell: Cell, training: bool) 
     cell.attach(model)
     y, z = run(base, x, training=training), run(model, x, training=training)
     assert torch.equal(y, z) == cell.identity
-    assert apart(y, z) < 1e-3  # methods that start beside the backbone start near it
+    assert not cell.row.near or apart(y, z) < 1e-3
 
 
 # Law 2
