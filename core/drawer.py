@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .activation import Active, Records, Stamp
 from .errors import AdaptError
+from .layers import module_at
 
 if TYPE_CHECKING:
     from .sets import AdapterSet
@@ -122,7 +123,7 @@ class Drawer(nn.Module):
         for n in range(len(parts) + 1):
             above = ".".join(parts[:n])
             if above not in self.stamped:
-                module = self.__dict__["backbone"].get_submodule(above)
+                module = module_at(self.__dict__["backbone"], above)
                 self.stamped[above] = module.register_forward_hook(Stamp(self))
 
     def unstamp(self) -> None:

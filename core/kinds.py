@@ -16,6 +16,7 @@ from .layers import (
     FrozenLayer,
     LinearLayer,
     TransposedLinearLayer,
+    module_at,
 )
 from .patterns import Pattern
 
@@ -86,7 +87,7 @@ def stored_at(module: nn.Module, path: str, parameter: str) -> nn.Parameter:
 
 def layer_at(model: nn.Module, site: Site) -> FrozenLayer:
     """The frozen layer of `model` at a site."""
-    module = model.get_submodule(site.path)
+    module = module_at(model, site.path)
     return layer_class(module, site.parameter)(module, site.parameter, site.rows)
 
 

@@ -155,6 +155,13 @@ class BlockLayer(FrozenLayer):
     kind = "block"
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """`model.get_submodule(path)` for a path that is known to be there, at a fifth of its cost."""
+    for name in path.split(".") if path else ():
+        model = model._modules[name]  # type: ignore[assignment]
+    return model
+
+
 def replace_rows(whole: Tensor, parts: Sequence[tuple[Rows, Tensor]], axis: int = 0) -> Tensor:
     """A new tensor with some ranges along `axis` replaced; the other entries keep their bits.
 

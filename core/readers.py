@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .errors import SiteError
+from .layers import module_at
 
 if TYPE_CHECKING:
     from .sites import SlotKind
@@ -63,14 +64,14 @@ def _is_plain(layer: type[nn.Module]) -> bool:
 
 def _reads_inside(model: nn.Module, ancestor: str, path: str, parameter: str) -> bool:
     inside = path[len(ancestor) :].lstrip(".")
-    owner = type(model.get_submodule(ancestor))
+    owner = type(module_at(model, ancestor))
     return _reads(owner, f"{inside}.{parameter}")  # type: ignore[arg-type]  # classes hash
 
 
 def batch_axis_of(model: nn.Module, path: str) -> int:
     """Where samples lie in what the module at `path` gets: 1 under `batch_first=False`, else 0."""
     for ancestor_path in (path, *_ancestors(path)):
-        ancestor = model.get_submodule(ancestor_path)
+        ancestor = module_at(model, ancestor_path)
         for holder in (ancestor, *ancestor.children()):
             first = vars(holder).get("batch_first")  # a plain attribute: no walk through parameters
             if isinstance(first, bool):

@@ -265,8 +265,8 @@ def build_set(
     recipe.check(sites)
     adapters = [_build(model, recipe, site, generator) for site in sites]
     recipe.check_model(model, sites)
-    made = AdapterSet(name, recipe, sites, adapters).to(same_device(model))
-    return made.train(model.training)
+    made, device = AdapterSet(name, recipe, sites, adapters), same_device(model)
+    return (made if device.type == "cpu" else made.to(device)).train(model.training)
 
 
 def install(backbone: nn.Module, made: AdapterSet) -> None:

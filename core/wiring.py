@@ -10,6 +10,7 @@ from .drawer import Drawer
 from .ffn_input import FFNInput
 from .inject import adapt_parameter, frame_calls, restore_parameter, unframe_calls
 from .kinds import layer_at
+from .layers import module_at
 from .readers import batch_axis_of
 from .recipe import ActsOnInput, ActsOnOutput, Adapter
 from .sites import Site
@@ -61,7 +62,7 @@ def _slot(drawer: Drawer, site: Site, adapter: Adapter) -> WeightSlot | OutputSl
 def _output_slot(drawer: Drawer, site: Site) -> OutputSlot:
     backbone: nn.Module = drawer.__dict__["backbone"]
     slot = OutputSlot(drawer, site.path, batch_axis_of(backbone, site.path))
-    module = backbone.get_submodule(site.path)
+    module = module_at(backbone, site.path)
     # Prepended: whisper's key-value cache hooks must see the adapted output, whenever installed.
     slot.handle = module.register_forward_hook(slot, prepend=True, with_kwargs=True)
     return slot
@@ -73,7 +74,7 @@ def _weight_slot(drawer: Drawer, site: Site) -> WeightSlot:
     slot = WeightSlot(
         drawer, site.path, batch_axis_of(backbone, site.path), layer_at(backbone, whole)
     )
-    module = backbone.get_submodule(site.path)
+    module = module_at(backbone, site.path)
     slot.readers = [backbone.get_submodule(path) for path in site.readers or (site.path,)]
     adapt_parameter(module, site.parameter or "", slot)
     for reader in slot.readers:
