@@ -90,8 +90,53 @@ def _combine(argv: list[str]) -> int:
     return 0
 
 
+def _import(argv: list[str]) -> int:
+    parser = OneLineParser(
+        prog="polyadapt adapters import",
+        description="Write the set of a PEFT folder (LoRA, DoRA, AdaLoRA) as an adapter file.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="a folder, or hub:owner/name")
+    _add_backbone(parser, required=True)
+    parser.add_argument("--name", default="default", metavar="NAME", help="of the set")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="OUT.safetensors", help="where it goes"
+    )
+    asked = parser.parse_args(argv)
+    from .peft_command import import_folder
+
+    print(import_folder(asked.folder, asked.model, asked.weights, asked.out, asked.name))
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    parser = OneLineParser(
+        prog="polyadapt adapters export",
+        description="Write an adapter file as a folder that PEFT loads (LoRA, DoRA, AdaLoRA).",
+        epilog="Convolutions and rows of fused projections need --model.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="the adapter file")
+    _add_backbone(parser, required=False)
+    parser.add_argument(
+        "--out", required=True, metavar="FOLDER", help="a new folder, or hub:owner/name"
+    )
+    asked = parser.parse_args(argv)
+    from .peft_command import export_file
+
+    print(export_file(asked.file, asked.model, asked.weights, asked.out))
+    return 0
+
+
+def _add_backbone(parser: OneLineParser, required: bool) -> None:
+    parser.add_argument(
+        "--model", required=required, metavar="MODEL", help="timm:NAME or package.module:function"
+    )
+    parser.add_argument("--weights", type=Path, metavar="W.safetensors", help="the model's weights")
+
+
 VERBS: dict[str, tuple[Command, str]] = {
     "inspect": (_inspect, "print what a file holds"),
     "combine": (_combine, "add the sets of several files: exact sums, TIES, DARE"),
+    "import": (_import, "make an adapter file of a PEFT folder"),
+    "export": (_export, "write a file's set as a PEFT folder"),
     "merge": (_merge, "write a backbone's weights with a set merged into them"),
 }
