@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .peft_writing import export_peft as export_peft
     from .recipe import Adapter as Adapter
     from .recipe import Recipe as Recipe
+    from .recomputation import recompute as recompute
     from .run_files import RunFiles as RunFiles
     from .sets import AdapterSet as AdapterSet
     from .sets import attach as attach
@@ -41,6 +42,7 @@ _HOME = {
     "export_peft": "peft_writing",
     "import_peft": "peft_reading",
     "load": "store",
+    "recompute": "recomputation",
     "select": "sites",
     "sets_of": "sets",
     "stack": "stacking",

@@ -20,6 +20,8 @@ from .errors import AdaptError, SiteError
 from .order import random_states, set_random_states
 from .probe import check_gradients
 from .recipe import Recipe, decay_groups, require, require_finite
+from .recomputation import Mode
+from .recomputation import recompute as recomputing
 from .sets import AdapterSet, attach, sets_of
 
 _BACKBONE = "backbone."
@@ -34,7 +36,8 @@ class AdaptedModule(LightningModule, ABC):
     from `training_loss`; validation and prediction steps are Lightning's. The loss that is
     minimised is training_loss + adapters.penalty(). AdamW with a learning rate that rises linearly
     over the share `warmup` of all optimiser steps, then falls as a cosine to 0. `seed` draws the
-    adapters from a generator of their own, else torch's global one is used.
+    adapters from a generator of their own, else torch's global one is used. `recompute="cheap"`
+    keeps less of the backbone's blocks for backward, see `recompute`.
 
     Checkpoints hold the adapters, the module's own tensors and the optimiser, not the backbone, and
     a run resumed from the end of an epoch continues bit for bit. Raises `AdaptError` for settings
@@ -61,6 +64,7 @@ class AdaptedModule(LightningModule, ABC):
         warmup: float = 0.1,
         set_name: str = "default",
         seed: int | None = None,
+        recompute: Mode = "none",
     ) -> None:
         super().__init__()
         require_finite("training", lr=lr, weight_decay=weight_decay, warmup=warmup)
@@ -74,6 +78,7 @@ class AdaptedModule(LightningModule, ABC):
         self.warmup = warmup
         generator = None if seed is None else Generator().manual_seed(seed)
         attach(backbone, adapter, at, set_name, generator=generator)
+        recomputing(backbone, recompute)
         self._unproven = at is not None
         self._total: int | None = None
         self._trained: dict[str, nn.Parameter] = {}

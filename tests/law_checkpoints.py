@@ -1,4 +1,4 @@
-"""Ten ways to checkpoint the blocks of a small vision transformer, for test_replay."""
+"""Eleven ways to checkpoint the blocks of a small vision transformer, for test_replay."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch.utils.checkpoint import (
     checkpoint_sequential,
     create_selective_checkpoint_contexts,
 )
+
+from polyadapt.core import recompute
 
 Way = Callable[[VisionTransformer, Tensor], Tensor]
 
@@ -70,6 +72,12 @@ def _selective(vit: VisionTransformer, x: Tensor) -> Tensor:
     return x
 
 
+def _cheap(vit: VisionTransformer, x: Tensor) -> Tensor:
+    with recompute(vit):
+        y: Tensor = vit.blocks(x)
+    return y
+
+
 def _nested(vit: VisionTransformer, x: Tensor) -> Tensor:
     inner = partial(_each_block, False, vit)
     y: Tensor = checkpoint(inner, x, use_reentrant=False)
@@ -103,6 +111,7 @@ WAYS: dict[str, Way] = {
     "block, reentrant": partial(_each_block, True),
     "sequential": _sequential,
     "selective": _selective,
+    "recompute": _cheap,
     "nested": _nested,
     "apart": _apart,
     "trailing": _trailing,

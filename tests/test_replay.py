@@ -134,6 +134,7 @@ TORCH_REFUSES = {
     ("timm, reentrant", "autograd.grad"): "not have been used in the graph",
     ("block, reentrant", "autograd.grad"): "not have been used in the graph",
     ("selective", "twice"): "only allowed to backward once",
+    ("recompute", "twice"): "only allowed to backward once",
 }
 
 
@@ -200,7 +201,7 @@ def test_two_forward_threads_may_share_one_set() -> None:
     _same(found[1], found[0])
 
 
-@pytest.mark.parametrize("way", ["block", "block, reentrant"])
+@pytest.mark.parametrize("way", ["block", "block, reentrant", "recompute"])
 def test_a_mixed_batch_is_replayed_as_it_was(way: str) -> None:
     found = []
     for chosen in (WAYS["none"], WAYS[way]):
@@ -220,7 +221,7 @@ def test_a_copy_replays_by_its_own_records() -> None:
     _same(_gradients(model), _gradients(plain))
 
 
-@pytest.mark.parametrize("way", ["block", "block, reentrant"])
+@pytest.mark.parametrize("way", ["block", "block, reentrant", "recompute"])
 @pytest.mark.parametrize(
     ("recipe", "at"),
     [
