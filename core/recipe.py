@@ -234,7 +234,7 @@ def require_rank(method: str, rank: object, site: Site | None = None) -> None:
 
 
 def require_finite(method: str, **numbers: float) -> None:
-    """Every setting is a finite number."""
+    """Every setting is a number that is finite in fp32, in which adapters compute."""
     for name, value in numbers.items():
-        good = isinstance(value, int | float) and math.isfinite(value)
+        good = isinstance(value, int | float) and math.isfinite(value) and abs(value) < 3.4e38
         require(good, f"{method}: {name}={value!r} is not allowed: a finite number")

@@ -231,6 +231,7 @@ def repeat(record: dict[str, Any]) -> None:
         (setting("rank", 10**30), "does not fit blocks.0.qkv[q]"),
         (setting("rank", "2"), "rank '2' is not allowed"),
         (setting("alpha", 10**400), "lacks or misstates"),
+        (setting("alpha", 1e308), "alpha=1e+308 is not allowed: a finite number"),
         (setting("alpha", [1]), "alpha=[1] is not allowed"),
         (setting("ranks", {"**." * 40 + "x": 1}), "which fits none of the 4 sites"),
         (site("path", "blocks.*"), "nothing in Net is called"),
