@@ -171,7 +171,7 @@ def test_a_changed_configuration_is_not_mixed_with_what_is_there(
     [
         (["--ranks=4,x"], "'4,x' is not a list of different whole numbers"),
         (["--ranks=4,4"], "'4,4' is not a list of different whole numbers"),
-        (["--ranks=0"], "rank 0 is not allowed"),
+        (["--ranks=4,0"], "rank 0 is not allowed"),
         ([], "the following arguments are required: --ranks"),
     ],
 )
@@ -186,6 +186,15 @@ def test_ranks_that_are_none_are_refused(
     save_inputs()
     assert told in command(capsys, *words).line()
     assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("_swept")
+def test_nothing_is_fitted_when_one_of_the_points_cannot_be(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("out/rank4-seed0/record.json").write_text('{"name": "rank 4"}')
+    assert "is no record of a fit" in command(capsys, "--ranks=8,4").line()
+    assert not Path("out/rank8-seed0").exists()
 
 
 def test_a_method_without_a_rank_is_refused(

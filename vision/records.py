@@ -53,30 +53,77 @@ class Record:
     """SHA-256 of the run's whole configuration."""
 
 
-def fit_once(
-    words: Sequence[str], folder: Path, *, part: Part, name: str, mean_convention: str = "none"
-) -> Record:
-    """Fit with the words of `polyadapt vision fit`, measure the last epoch's file on one part.
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A fit by the words of `polyadapt vision fit`; its last epoch's file, measured on one part.
 
-    `folder` then holds the run's files and, last of all, its record. A fit whose record is there
-    is not repeated; one that was stopped before its record was written starts again.
-
-    Raises `AdaptError` when the record there is of other settings, and for a `monitor`, which
-    would report another epoch than the last.
+    `folder` gets the run's files and, last of all, its record. A fit whose record is there is not
+    repeated; one that was stopped before its record was written starts again.
     """
-    from .complaints import errors_in_one_line
-    from .fit import calm
 
-    with calm(), errors_in_one_line():
-        settings = _settings(words)
-        done = read_record(folder)
-        if done is None:
-            found = _fitted([*words, f"--run={folder}"], folder, part)
-            done = Record(name=name, mean_convention=mean_convention, settings=settings, **found)
-            write_atomically(folder / RECORD, json.dumps(dataclasses.asdict(done)).encode())
-        elif (done.settings, done.part, done.name) != (settings, part, name):
-            raise AdaptError(f"{folder} holds a run with other settings: choose another --out")
-    return done
+    words: tuple[str, ...]
+    folder: Path
+    part: Part
+    name: str
+    mean_convention: str = "none"
+
+    def finished(self) -> Record | None:
+        """The record, if it is there. Nothing is fitted, but the configuration is read.
+
+        Raises `AdaptError` for a configuration that cannot be read, for a record of other settings
+        and for a `monitor`, which would report another epoch than the last.
+        """
+        found = read_record(self.folder)
+        mine = self._settings(), self.part, self.name
+        if found is not None and (found.settings, found.part, found.name) != mine:
+            raise AdaptError(f"{self.folder} holds a run with other settings: choose another --out")
+        return found
+
+    def record(self) -> Record:
+        """Fit and measure, unless that is done."""
+        from .complaints import errors_in_one_line
+        from .fit import calm
+
+        found = self.finished()
+        if found is None:
+            with calm(), errors_in_one_line():
+                measured = _fitted([*self.words, f"--run={self.folder}"], self.folder, self.part)
+            found = Record(
+                name=self.name,
+                mean_convention=self.mean_convention,
+                settings=self._settings(),
+                **measured,
+            )
+            content = json.dumps(dataclasses.asdict(found)).encode()
+            write_atomically(self.folder / RECORD, content)
+        return found
+
+    def _settings(self) -> str:
+        from .configuration import Parsed
+        from .fit import calm
+
+        with calm():
+            parsed = Parsed("fit", self.words)
+        if parsed.config.monitor is not None:
+            raise AdaptError(
+                f"monitor={parsed.config.monitor!r} is not allowed here: what is reported is the"
+                " last epoch, not the best one"
+            )
+        return hashlib.sha256(parsed.effective().encode()).hexdigest()
+
+
+def records_of(fits: Sequence[Fit]) -> list[Record]:
+    """Every fit's record, those that are missing made; nothing is fitted if any is refused."""
+    done = [fit.finished() for fit in fits]
+    left = done.count(None)
+    print(f"{len(fits)} fits, {len(fits) - left} of them finished before", flush=True)
+    found: list[Record] = []
+    for fit, record in zip(fits, done, strict=True):
+        found.append(record or fit.record())
+        if record is None:
+            told = f"{found[-1].top1:.1%}, {found[-1].seconds:.0f} s"
+            print(f"{fit.name}, seed {found[-1].seed}: {told}", flush=True)
+    return found
 
 
 def seeded(seed: int) -> list[str]:
@@ -108,18 +155,6 @@ def records_csv(records: Sequence[Record]) -> bytes:
             {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in row.items()}
         )
     return text.getvalue().encode()
-
-
-def _settings(words: Sequence[str]) -> str:
-    from .configuration import Parsed
-
-    parsed = Parsed("fit", words)
-    if parsed.config.monitor is not None:
-        raise AdaptError(
-            f"monitor={parsed.config.monitor!r} is not allowed here: what is reported is the last"
-            " epoch, not the best one"
-        )
-    return hashlib.sha256(parsed.effective().encode()).hexdigest()
 
 
 def _fitted(words: Sequence[str], folder: Path, part: Part) -> dict[str, Any]:

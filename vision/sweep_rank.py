@@ -11,7 +11,7 @@ from pathlib import Path
 from ..core.cli import OneLineParser
 from ..core.container import write_atomically
 from .compare import whole_numbers
-from .records import Part, Record, fit_once, records_csv, seeded
+from .records import Fit, Part, Record, records_csv, records_of, seeded
 
 MEASURED = {"val": "validation", "test": "test"}
 
@@ -19,21 +19,16 @@ MEASURED = {"val": "validation", "test": "test"}
 def main(argv: list[str]) -> int:
     """Fit every rank with every seed, print and write table and picture; finished fits are kept."""
     asked = _parser().parse_args(argv)
-    records: list[Record] = []
-    total = len(asked.ranks) * len(asked.seeds)
-    for seed in asked.seeds:
-        for rank in asked.ranks:
-            records.append(fit_rank(asked.config, rank, seed, asked.out, asked.part))
-            done = f"{records[-1].top1:.1%}, {records[-1].seconds:.0f} s"
-            print(f"{len(records)} of {total}: rank {rank}, seed {seed}: {done}", flush=True)
-    _write(asked.out, records)
+    points = [(rank, seed) for seed in asked.seeds for rank in asked.ranks]
+    fits = [rank_fit(asked.config, rank, seed, asked.out, asked.part) for rank, seed in points]
+    _write(asked.out, records_of(fits))
     return 0
 
 
-def fit_rank(config: Path, rank: int, seed: int, out: Path, part: Part) -> Record:
-    """One fit of the configuration at this rank; it is not repeated when its record is there."""
-    words = [f"--config={config}", f"--model.adapter.init_args.rank={rank}", *seeded(seed)]
-    return fit_once(words, out / f"rank{rank}-seed{seed}", part=part, name=f"rank {rank}")
+def rank_fit(config: Path, rank: int, seed: int, out: Path, part: Part) -> Fit:
+    """The configuration at this rank; `rank_fit(...).record()` fits and measures it, once."""
+    words = (f"--config={config}", f"--model.adapter.init_args.rank={rank}", *seeded(seed))
+    return Fit(words=words, folder=out / f"rank{rank}-seed{seed}", part=part, name=f"rank {rank}")
 
 
 def elbow(scores: Mapping[int, float]) -> int | None:
@@ -138,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", type=Path, required=True, metavar="YAML", help="its method has a rank")
-    add("--ranks", type=whole_numbers, required=True, metavar="4,8,16,...")
+    add("--ranks", type=_ranks, required=True, metavar="4,8,16,...")
     add("--out", type=Path, required=True, metavar="FOLDER", help="for runs, records and table")
     add("--seeds", type=whole_numbers, default=[0], metavar="0,1,...", help="default: 0")
     add(
@@ -148,3 +143,9 @@ def _parser() -> argparse.ArgumentParser:
         help="measure the validation images (default: a rank is a choice) or the test images",
     )
     return parser
+
+
+def _ranks(text: str) -> list[int]:
+    if "0" in text.split(","):
+        raise argparse.ArgumentTypeError("rank 0 is not allowed: from 1")
+    return whole_numbers(text)

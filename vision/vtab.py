@@ -10,7 +10,7 @@ from pathlib import Path
 from ..core.cli import OneLineParser
 from ..core.container import write_atomically
 from .compare import whole_numbers
-from .records import Record, fit_once, records_csv, seeded
+from .records import Fit, Record, records_csv, records_of, seeded
 from .vtab_tasks import (
     FINAL,
     IMAGES,
@@ -35,13 +35,9 @@ def main(argv: list[str]) -> int:
     tasks = tasks_in(asked.root, SPLITS[asked.split])
     for task in tasks:
         check_lists(asked.root, task)
-    records: list[Record] = []
-    total = len(tasks) * len(asked.seeds)
-    for seed in asked.seeds:
-        for task in tasks:
-            records.append(fit_task(asked.config, task, seed, asked))
-            done = f"{records[-1].top1:.1%}, {records[-1].seconds:.0f} s"
-            print(f"{len(records)} of {total}: {task.name}, seed {seed}: {done}", flush=True)
+    records = records_of(
+        [task_fit(asked.config, task, seed, asked) for seed in asked.seeds for task in tasks]
+    )
     shown = table(records)
     write_atomically(asked.out / "results.csv", records_csv(records))
     write_atomically(asked.out / "table.txt", f"{shown}\n".encode())
@@ -49,15 +45,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def fit_task(config: Path, task: Task, seed: int, asked: argparse.Namespace) -> Record:
+def task_fit(config: Path, task: Task, seed: int, asked: argparse.Namespace) -> Fit:
     """One task with one seed: `final` trains on all images and tests, `tune` validates."""
     given = {k: v or "null" for k, v in SPLITS[asked.split].items()}
     data = {**given, "root": asked.root / task.name, "classes": task.classes, "val_share": 0.0}
     words = [f"--config={config}", f"--model.preprocessing=vtab_{asked.preprocessing}"]
     words += ["--data=ImageLists", *(f"--data.init_args.{k}={v}" for k, v in data.items())]
-    return fit_once(
-        [*words, *seeded(seed)],
-        asked.out / f"{task.name}-seed{seed}",
+    return Fit(
+        words=(*words, *seeded(seed)),
+        folder=asked.out / f"{task.name}-seed{seed}",
         part="test" if asked.split == "final" else "val",
         name=task.name,
         mean_convention=CONVENTION,
