@@ -112,7 +112,7 @@ def _settings(recipe: Recipe) -> str:
 
 
 def _start(row: Row) -> str:
-    return "the frozen backbone, bit for bit" if row.recipe.identity else "close to the backbone"
+    return "the frozen backbone, bit for bit" if row.recipe.identity else "not the frozen backbone"
 
 
 def _acts_on(row: Row) -> str:

@@ -132,7 +132,7 @@ def test_the_laws_of_a_method_are_what_its_row_says() -> None:
     mosa = laws_of("MoSA")
     assert "| the frozen backbone, bit for bit | outputs | no | 2 |" in mosa
     assert "Layer kinds of *MoSA*: block; block on a strided state." in mosa
-    assert "| close to the backbone | outputs | no | 2 |" in laws_of("AdapterPlus")
+    assert "| not the frozen backbone | outputs | no | 2 |" in laws_of("AdapterPlus")
     assert "| the frozen backbone, bit for bit | weights | yes | 1 |" in laws_of("LayerNormTuning")
 
 
