@@ -133,8 +133,8 @@ def whole_layers(export: Export) -> list[Piece]:
 
 def _refuse_site(export: Export, site: Site) -> None:
     """PEFT changes what a layer returns when it is called, and nothing else."""
-    if site.parameter != "weight" or site.kind in ("parameter", "block"):
-        raise StoreError(f"{site.name} is no weight of a layer that is called: PEFT has no adapter")
+    if site.parameter != "weight" or site.kind in ("parameter", "block") or not site.path:
+        raise StoreError(f"{site.name} is no weight of a layer in the model: PEFT has no adapter")
     if export.backbone is not None:
         module = export.backbone.get_submodule(site.path)
         refuse_unless_called(export.backbone, site.path, module, site.kind)

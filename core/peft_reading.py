@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +16,7 @@ from .drawer import DRAWER
 from .errors import AdaptError, StoreError
 from .kinds import is_called_layer, kind_of, layer_at, layer_class, stored_at
 from .peft_config import PeftConfig, divisor, read_config, read_schedule
+from .peft_head import read_head
 from .peft_names import lookup, targeted
 from .peft_reads import refuse_unless_called
 from .peft_tensors import Place, by_path, own_shape, read_tensors, refuse_layer
@@ -52,8 +53,9 @@ def import_peft(
     `modules_to_save`: tensors of modules that the backbone lacks go to `set.head` under their
     paths; for modules that it has, they must be the backbone's.
     Raises `AdaptError` for a setting or a layer that changes numbers in a way that has no form
-    here, and wherever PEFT would drop tensors or leave modules out without a word. Nothing is
-    changed when anything is refused. Format: peft 0.21.2.
+    here, for a rank above the smaller side of its weight, and wherever PEFT would drop tensors or
+    leave modules out without a word. Nothing is changed when anything is refused. Format: peft
+    0.21.2.
 
     >>> import tempfile
     >>> from polyadapt.core import DoRA, attach, export_peft
@@ -69,8 +71,8 @@ def import_peft(
     config = read_config(path)
     adapters, others = by_path(read_tensors(path))
     try:
-        made = _build(backbone, config, adapters, name or "default")
-        made.head = _head(backbone, config, others, set(adapters))
+        made = _build(backbone, config, adapters, name or "default", trainable)
+        made.head = read_head(backbone, config, others, set(adapters))
         made.extra = {"peft": config.labels()} if config.labels() else {}
         if not trainable:
             made.freeze()
@@ -81,10 +83,14 @@ def import_peft(
 
 
 def _build(
-    backbone: nn.Module, config: PeftConfig, found: Mapping[str, Mapping[str, Tensor]], name: str
+    backbone: nn.Module,
+    config: PeftConfig,
+    found: Mapping[str, Mapping[str, Tensor]],
+    name: str,
+    trainable: bool,
 ) -> AdapterSet:
     layers = _layers(backbone, config, found)
-    recipe = _recipe(config, layers)
+    recipe = _recipe(config, layers, trainable)
     sites = Sites(layer.site for layer in layers)
     made = build_set(backbone, recipe, sites, name, Generator().manual_seed(0))
     read = [t for own in found.values() for t in own.values()]
@@ -172,30 +178,31 @@ def _kept(config: PeftConfig, path: str) -> Sequence[int]:
     return range(config.rank)
 
 
-def _recipe(config: PeftConfig, layers: Sequence[_Layer]) -> LoRA | AdaLoRA:
+def _recipe(config: PeftConfig, layers: Sequence[_Layer], trainable: bool) -> LoRA | AdaLoRA:
     from .adapters.adalora import AdaLoRA
     from .adapters.dora import DoRA
     from .adapters.lora import LoRA
 
+    # Where a weight is read no input is seen to drop: that matters only in training.
+    drops = trainable or all(layer.site.slot == "output" for layer in layers)
+    dropout = config.dropout if drops else 0.0
     if config.peft_type == "ADALORA":
         _refuse_unused(config, layers)
-        schedule = dataclasses.asdict(read_schedule(config))
-        alpha = layers[0].scale * config.rank
         return AdaLoRA(
             initial_rank=config.rank,
-            alpha=alpha,
-            dropout=config.dropout,
-            allocate=False,
-            **schedule,
+            alpha=layers[0].scale * config.rank,
+            dropout=dropout,
+            allocate=trainable,
+            **dataclasses.asdict(read_schedule(config)),
         )
     rank = Counter(layer.rank for layer in layers).most_common(1)[0][0]
     alphas = (layer.scale * divisor(layer.rank, config.rank_stabilised) for layer in layers)
-    one_alpha = not config.alpha_pattern
+    alpha = Counter(alphas).most_common(1)[0][0] if config.alpha_pattern else config.alpha
     return (DoRA if config.dora else LoRA)(
         rank=rank,
-        alpha=config.alpha if one_alpha else Counter(alphas).most_common(1)[0][0],
+        alpha=alpha,
         scaling="rank_stabilised" if config.rank_stabilised else "standard",
-        dropout=config.dropout,
+        dropout=dropout,
         ranks={layer.site.path: layer.rank for layer in layers if layer.rank != rank},
     )
 
@@ -222,46 +229,5 @@ def _fill(
             own.copy_(value)
         else:  # the others are pruned: E = 0
             axis = 1 if factor == "B" else 0
-            own.zero_().index_copy_(axis, torch.tensor(layer.kept, dtype=torch.long), value.to(own))
-
-
-def _head(
-    backbone: nn.Module, config: PeftConfig, others: Mapping[str, Tensor], adapted: Collection[str]
-) -> dict[str, Tensor]:
-    """Tensors of whole modules that travel with the set; PEFT writes them into the backbone."""
-    own = backbone.state_dict()
-    head: dict[str, Tensor] = {}
-    for key, tensor in others.items():
-        path, _, parameter = key.rpartition(".")
-        plain = path.removesuffix(".base_layer")
-        saved = path.endswith(tuple(config.saved_modules))
-        if plain != path and plain in adapted:  # an embedding's table, which PEFT saves beside
-            path = plain
-        here = own.get(f"{path}.{parameter}")
-        if here is None and not saved:
-            raise StoreError(f"tensor {key!r} belongs to no module of it and to no modules_to_save")
-        if here is not None and not _same(tensor, here):
-            raise StoreError(
-                f"it holds {path}.{parameter} {list(tensor.shape)}, which is not the backbone's:"
-                " load that tensor into the backbone first, as PEFT would"
-            )
-        if saved:
-            head[key] = tensor
-    _refuse_incomplete(backbone, config, head)
-    return head
-
-
-def _same(tensor: Tensor, here: Tensor) -> bool:
-    return tensor.dtype == here.dtype and torch.equal(tensor, here.detach().cpu())
-
-
-def _refuse_incomplete(backbone: nn.Module, config: PeftConfig, head: Mapping[str, Tensor]) -> None:
-    """PEFT wraps each module whose path ends so, and needs all of its tensors."""
-    for name in config.saved_modules:
-        if not any(key.rpartition(".")[0].endswith(name) for key in head):
-            raise StoreError(f"modules_to_save names {name!r}, of which there are no tensors")
-        for path, module in backbone.named_modules():
-            if path.endswith(name) and DRAWER not in path.split("."):
-                for key in module.state_dict(prefix=f"{path}."):
-                    if key not in head:
-                        raise StoreError(f"modules_to_save names {name!r}: {key!r} is missing")
+            index = torch.tensor(layer.kept, dtype=torch.long, device=own.device)
+            own.zero_().index_copy_(axis, index, value.to(own))

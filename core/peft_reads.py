@@ -17,6 +17,7 @@ from torch import nn
 from .errors import StoreError
 from .readers import reach
 
+_ENTRY = re.compile(r"forward|encode|decode|embed|generate|predict")
 _MENTION = re.compile(r"\.(\w+)")
 _NOT_VALUES = r"(?!\.(?:dtype|device|shape|size|ndim|requires_grad)\b)"
 
@@ -41,13 +42,13 @@ def refuse_unless_called(backbone: nn.Module, path: str, module: nn.Module, kind
 
 
 def _called(backbone: nn.Module) -> set[str]:
-    """Names of methods that a forward may come to: those it mentions, and so on."""
+    """Names of methods that a use of the model may come to: those that one mentions, and so on."""
     classes = {type(module) for module in backbone.modules()}
     by_name: dict[str, list[str]] = {}
     for cls in classes:
         for name, source in _methods(cls):  # type: ignore[arg-type]
             by_name.setdefault(name, []).append(source)
-    found, new = set[str](), {"forward"}
+    found, new = set[str](), {name for name in by_name if _ENTRY.match(name)}
     while new:
         found |= new
         mentioned = {

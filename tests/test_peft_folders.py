@@ -345,6 +345,30 @@ def test_a_frozen_set_is_imported_unless_training_is_asked_for(tmp_path: Path) -
         ours = import_peft(nested(), folder, "pets", trainable=True)
         assert all(p.requires_grad for p in ours.parameters())
         assert (ours.name, getattr(ours.recipe, "dropout", None)) == ("pets", 0.2)
+        assert getattr(ours.recipe, "allocate", True)
+
+
+def test_dropout_where_a_weight_is_read_matters_in_training_only(tmp_path: Path) -> None:
+    made = peft_model(VIT.model(), ["patch_embed.proj"], lora_dropout=0.2)
+    saved(made, tmp_path)
+    model = VIT.model()
+    import_peft(model, tmp_path)
+    assert apart(outputs(VIT.real, model), outputs(VIT.real, made.get_base_model())) <= 1e-5
+    with pytest.raises(AdaptError, match=r"dropout=0\.2 cannot act on patch_embed\.proj"):
+        import_peft(VIT.model(), tmp_path, trainable=True)
+
+
+def test_a_set_with_its_head_becomes_pefts_classifier(tmp_path: Path) -> None:
+    model = VIT.model()
+    model.reset_classifier(0)
+    ours = stir(attach(model, DoRA(rank=2), "blocks.*.attn.qkv"))
+    head = nn.Linear(32, 5)
+    ours.head = {"head.weight": head.weight.detach(), "head.bias": head.bias.detach()}
+    export_peft(ours, tmp_path / "set")
+    with quiet():
+        made = peft.PeftModel.from_pretrained(VIT.model(), str(tmp_path / "set")).eval()
+    expected = head(outputs(VIT.real, model))
+    assert apart(outputs(VIT.real, made.get_base_model()), expected) <= 1e-5
 
 
 def test_what_the_folder_says_of_its_origin_is_written_back(tmp_path: Path) -> None:
