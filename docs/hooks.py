@@ -140,7 +140,7 @@ def _cells_at(method: str, layer: str) -> int:
 def benchmark_results() -> str:
     """Every table in benchmarks/results, as its script wrote it, one heading level deeper."""
     found = sorted(RESULTS.glob("*.md"))
-    tables = [re.sub(r"^#", "##", file.read_text(), flags=re.MULTILINE) for file in found]
+    tables = [re.sub(r"^#", "##", f.read_text().strip(), flags=re.MULTILINE) for f in found]
     return "\n\n".join(tables) or "There is no result file in this checkout."
 
 

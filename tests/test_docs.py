@@ -15,10 +15,12 @@ import pytest
 
 from polyadapt.core.adapters import recipes
 from polyadapt.core.verbs import VERBS as ADAPTER_VERBS
+from polyadapt.docs import hooks
 from polyadapt.docs.docstrings import as_markdown
 from polyadapt.docs.hooks import (
     METHODS,
     SHOWN,
+    benchmark_results,
     law_table,
     laws_of,
     method_pages,
@@ -146,6 +148,16 @@ def test_the_table_of_cells_counts_every_cell_once() -> None:
 def test_the_method_table_links_every_row_to_a_page() -> None:
     links = re.findall(r"^\| \[`\w+`\]\((\w+\.md)\)", method_table(), re.MULTILINE)
     assert sorted(links) == [page.name for page in method_pages()]
+
+
+def test_results_of_benchmarks_become_sections_of_their_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks, "RESULTS", tmp_path)
+    assert benchmark_results() == "There is no result file in this checkout."
+    (tmp_path / "switch.md").write_text("# Switch\n\n| sets | time |\n")
+    (tmp_path / "attach.md").write_text("# Attach\n\n## ViT-B\n")
+    assert benchmark_results() == "## Attach\n\n### ViT-B\n\n## Switch\n\n| sets | time |"
 
 
 def test_a_section_that_is_not_there_is_an_error() -> None:
