@@ -43,15 +43,26 @@ class Times:
         )
 
 
-def interleaved(callables: Mapping[str, Callable[[], Any]], rounds: int, warm: int = 1) -> Times:
-    """Call each once per round, in turn; the first `warm` rounds are not counted."""
+def interleaved(
+    callables: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm: int = 1,
+    after: Mapping[str, Callable[[], Any]] | None = None,
+) -> Times:
+    """Call each once per round, in turn; the first `warm` rounds are not counted.
+
+    `after`: what puts things back after a call of that name, not timed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in callables}
     for n in range(warm + rounds):
         for name, call in callables.items():
             begin = time.perf_counter()
             call()
+            spent = time.perf_counter() - begin
             if n >= warm:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(spent)
+            if after and name in after:
+                after[name]()
     return Times(seconds)
 
 
