@@ -223,6 +223,8 @@ class Kept:
     def _follow(self, sources: tuple[Any, ...], out: Any) -> None:
         """What is made of a weight, at its size, stands for it."""
         sizes = {source.numel() for source in sources if self._weight(source)}
+        if not sizes and not self.made:
+            return  # most operations, and there are many
         for made in out if isinstance(out, tuple | list) else (out,):
             if isinstance(made, Tensor) and made.numel() in sizes:
                 self.made.add(_storage(made))
