@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from .errors import StoreError
 from .kinds import layer_at
 from .peft_reads import refuse_unless_called
-from .peft_tensors import PREFIX, Place, refuse_kind, refuse_layer
+from .peft_tensors import PREFIX, Place, own_shape, refuse_kind, refuse_layer
 from .recipe import Adapter, LowRank, Recipe
-from .sets import AdapterSet
+from .sets import AdapterSet, check_tensors
 from .sites import Site
 from .store import AdapterFile
 
@@ -76,16 +76,27 @@ def from_file(file: AdapterFile) -> Export:
     method = type(file.recipe).__name__
     if method not in _FORMS:
         raise _no_form(method)
+    factors = {"LoRA": "AB", "DoRA": "ABm", "AdaLoRA": "ABE"}[method]
+    shapes: dict[str, tuple[int, ...]] = {}
     pieces = []
     for site in file.sites:
-        own = {k: file.tensors.get(f"{site.name}/{k}") for k in ("A", "B", "m", "E")}
-        tensors = {k: t for k, t in own.items() if t is not None}
-        if not {"A", "B"} <= set(tensors):
-            raise StoreError(f"the file lacks the factors of {site.name}")
-        recipe: Any = file.recipe
-        scale = recipe.scale if method == "AdaLoRA" else recipe.scale_of(len(tensors["A"]))
+        rank, scale = _rank_and_scale(file.recipe, site)
+        own = {f: own_shape(site.shape, f, rank) for f in factors}
+        shapes |= {f"{site.name}/{f}": shape for f, shape in own.items()}
+        tensors = {f: file.tensors.get(f"{site.name}/{f}", torch.empty(0)) for f in factors}
         pieces.append(Piece(site, tensors, scale))
+    wanted = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    check_tensors(file.tensors, wanted, "the file")
     return Export(file.recipe, pieces, file.head, _labels(file.extra), None)
+
+
+def _rank_and_scale(recipe: Any, site: Site) -> tuple[int, float]:
+    if len(site.shape) != 2:
+        raise StoreError(f"{site.name} is {list(site.shape)}, not a matrix")
+    if type(recipe).__name__ == "AdaLoRA":
+        return recipe.r0, recipe.scale
+    rank = recipe.rank_at(site)
+    return rank, recipe.scale_of(rank)
 
 
 def _piece(adapters: AdapterSet, site: Site, adapter: Adapter) -> Piece:
@@ -169,15 +180,15 @@ def _place(export: Export, site: Site) -> Place:
     if export.backbone is not None:
         module = export.backbone.get_submodule(site.path)
         refuse_layer(export.peft_type, site.path, site.kind, module)
-        kernel = tuple(layer_at(export.backbone, site).stored.shape[1:])
     else:
         refuse_kind(export.peft_type, site.path, site.kind)
-        if "conv" in site.kind:
+    kernel: tuple[int, ...] = ()
+    if "conv" in site.kind:
+        if export.backbone is None:
             raise _needs_backbone(site, "the size of the kernel")
-        kernel = ()
+        kernel = tuple(layer_at(export.backbone, site).stored.shape[1:])
     d_out, d_in = site.shape
-    convolved = kernel if "conv" in site.kind else ()
-    return Place(export.peft_type, site.path, site.kind, d_out, d_in, convolved)
+    return Place(export.peft_type, site.path, site.kind, d_out, d_in, kernel)
 
 
 def _needs_backbone(site: Site, what: str) -> StoreError:

@@ -224,7 +224,7 @@ def _fill(
     check_tensors(found, wanted, f"rank {kept} at {place.path}")
     for factor in factors:
         own = state[f"{layer.site.name}/{factor}"]
-        value = found[place.key(factor)].reshape(own_shape(place, factor, kept))
+        value = found[place.key(factor)].reshape(own_shape(layer.site.shape, factor, kept))
         if kept == layer.rank:
             own.copy_(value)
         else:  # the others are pruned: E = 0

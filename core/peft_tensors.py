@@ -16,7 +16,7 @@ AdaLoRA's layers are linear, Conv1D and conv2d, whose kernel stays flat in the f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +69,10 @@ class Place:
         return shapes[factor]
 
 
-def own_shape(place: Place, factor: str, rank: int) -> tuple[int, ...]:
-    """The shape of an adapter's own tensor."""
-    shapes = {"A": (rank, place.d_in), "B": (place.d_out, rank), "m": (place.d_out,), "E": (rank,)}
+def own_shape(shape: Sequence[int], factor: str, rank: int) -> tuple[int, ...]:
+    """The shape of an adapter's own tensor at a weight [d_out, d_in]."""
+    d_out, d_in = shape
+    shapes = {"A": (rank, d_in), "B": (d_out, rank), "m": (d_out,), "E": (rank,)}
     return shapes[factor]
 
 

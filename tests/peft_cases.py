@@ -150,3 +150,30 @@ def rewrite(
         found = tensors(folder)
         change(found)
         save_file(found, folder / TENSORS)
+
+
+class Nested(nn.Module):
+    """Names that are tails of other names, as PEFT's lists cannot tell apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(6, 6)
+        self.patch = nn.ModuleDict({"proj": nn.Linear(6, 6)})
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch["proj"](torch.tanh(self.proj(x)))
+        out: Tensor = self.fc(torch.tanh(x))
+        return out
+
+
+def nested() -> Nested:
+    """The same bits each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Nested().eval()
+
+
+def states() -> Tensor:
+    """A batch for it."""
+    return torch.randn(3, 6, generator=torch.Generator().manual_seed(2))

@@ -24,15 +24,16 @@ from polyadapt.core import (
     LoRA,
     attach,
     cli,
+    container,
     export_peft,
     import_peft,
     load,
 )
+from polyadapt.core.peft_command import export_file
 from polyadapt.tests.law_table import stir
-from polyadapt.tests.peft_cases import apart, loaded, peft_model, saved, tensors
-from polyadapt.tests.test_peft_folders import nested, states
+from polyadapt.tests.peft_cases import apart, loaded, nested, peft_model, saved, states, tensors
 
-MODEL = "polyadapt.tests.test_peft_folders:nested"
+MODEL = "polyadapt.tests.peft_cases:nested"
 
 
 class Convolved(nn.Sequential):
@@ -77,6 +78,30 @@ def test_export_needs_no_model_for_plain_layers(recipe: Any, tmp_path: Path) -> 
     export_peft(ours, tmp_path / "live")
     live = tensors(tmp_path / "live")
     assert all(torch.equal(t, live[key]) for key, t in tensors(tmp_path / "set").items())
+
+
+def test_a_forged_file_is_refused_before_it_is_exported(tmp_path: Path) -> None:
+    file = tmp_path / "set.safetensors"
+    attach(nested(), DoRA(rank=2), "fc").save(file)
+    record, found = container.read(file)
+    changes: list[tuple[str, torch.Tensor | None]] = [
+        ("fc/A", None),
+        ("fc/m", None),
+        ("fc/A", torch.ones(())),
+        ("fc/A", torch.ones(3, 6)),
+        ("fc/B", torch.ones(2, 6)),
+        ("fc/E", torch.ones(2)),
+    ]
+    for key, tensor in changes:
+        forged = {k: t for k, t in found.items() if k != key}
+        container.write(file, record, forged if tensor is None else {**forged, key: tensor})
+        with pytest.raises(AdaptError, match=f"the file: (tensor )?'{key}'"):
+            export_file(file, None, None, str(tmp_path / "out"))
+    record["sites"][0]["shape"] = [6]
+    container.write(file, record, found)
+    with pytest.raises(AdaptError, match="not a matrix"):
+        export_file(file, None, None, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_asks_for_the_model_where_the_file_does_not_say_enough(

@@ -30,41 +30,18 @@ from polyadapt.tests.peft_cases import (
     REALS,
     apart,
     loaded,
+    nested,
     outputs,
     peft_model,
     quiet,
     rewrite,
     saved,
+    states,
     tensors,
     wrapped,
 )
 
 VIT = CASES["timm ViT"]
-
-
-class Nested(nn.Module):
-    """Names that are tails of other names, as PEFT's lists cannot tell apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(6, 6)
-        self.patch = nn.ModuleDict({"proj": nn.Linear(6, 6)})
-        self.fc = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patch["proj"](torch.tanh(self.proj(x)))
-        out: Tensor = self.fc(torch.tanh(x))
-        return out
-
-
-def nested() -> Nested:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Nested().eval()
-
-
-def states() -> Tensor:
-    return torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
 
 
 def test_every_field_of_pefts_configs_is_in_exactly_one_class() -> None:

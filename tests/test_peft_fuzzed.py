@@ -25,8 +25,16 @@ from polyadapt.core.peft_config import (
     UNDERSTOOD,
     is_neutral,
 )
-from polyadapt.tests.peft_cases import METHODS, apart, peft_model, quiet, saved, tensors
-from polyadapt.tests.test_peft_folders import nested, states
+from polyadapt.tests.peft_cases import (
+    METHODS,
+    apart,
+    nested,
+    peft_model,
+    quiet,
+    saved,
+    states,
+    tensors,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,15 @@ from polyadapt.core import (
 )
 from polyadapt.tests.law_models import LAYERS
 from polyadapt.tests.law_real_models import gpt2_with_head
-from polyadapt.tests.peft_cases import REALS, apart, outputs, peft_model, rewrite, saved
-from polyadapt.tests.test_peft_folders import nested, states
+from polyadapt.tests.peft_cases import (
+    REALS,
+    apart,
+    nested,
+    outputs,
+    peft_model,
+    rewrite,
+    saved,
+)
 
 A, B = ("base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.weight")
 
@@ -103,8 +111,6 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
 def test_a_bad_setting_is_one_line_that_names_it(
     settings: dict[str, Any], words: str, folder: Path
 ) -> None:
-    import re
-
     rewrite(folder, settings)
     assert re.search(words, refused(nested(), folder))
 
@@ -137,8 +143,6 @@ TENSORS: list[tuple[Callable[[dict[str, Tensor]], object], str]] = [
 def test_a_bad_tensor_is_one_line_that_names_it(
     change: Callable[[dict[str, Tensor]], object], words: str, folder: Path
 ) -> None:
-    import re
-
     rewrite(folder, change=change)
     assert re.search(words, refused(nested(), folder))
 
@@ -267,10 +271,3 @@ def test_a_set_that_peft_would_load_wrong_is_not_written(tmp_path: Path) -> None
     with pytest.raises(AdaptError, match="detached"):
         export_peft(ours, tmp_path / "set")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_imported_folders_own_test_model_runs(folder: Path) -> None:
-    model = nested()
-    plain = model(states())
-    import_peft(model, folder)
-    assert apart(model(states()), plain) > 0.01
