@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from .adapters.lora import LoRA, LoRAAdapter, Pair
 from .combine_rule import Method, Rule, is_number
 from .drawer import check_set_name, same_device
 from .errors import AdaptError
-from .low_rank import Update, folded, overall
-from .recipe import LowRank, require, require_rank
+from .low_rank import Lost, Update, folded, overall
+from .recipe import Adapter, LowRank, require, require_rank
 from .sets import AdapterSet, install, sets_of
 from .sites import Site, Sites, refuse_repeated
 
@@ -68,7 +69,7 @@ def combined(weighted: Weighted, name: str, rule: Rule) -> AdapterSet:
         return _twin(used[0][0], name)
     updates = _updates(used)
     rule.check(updates)
-    results = {site: rule.at(site, found) for site, found in updates.items()}
+    results = {site: _result(rule, site, found) for site, found in updates.items()}
     made = _lora(name, {site: update for site, (update, _) in results.items()})
     made.head, made.extra = _agreed(used)
     made.extra["combined"] = {
@@ -78,6 +79,20 @@ def combined(weighted: Weighted, name: str, rule: Rule) -> AdapterSet:
         "errors": {site.name: lost.share for site, (_, lost) in results.items()},
     }
     return made
+
+
+def _result(rule: Rule, site: Site, updates: Sequence[Update | None]) -> tuple[Update, Lost]:
+    finite = all(u.finite() for u in updates if u is not None)
+    try:
+        update, lost = rule.at(site, updates) if finite else (None, Lost())
+    except LinAlgError:  # what LAPACK says of infinity, here a product too large
+        update = None
+    if update is None or not update.finite():
+        raise AdaptError(
+            f"combine: the update at {site.name} is not finite: a set holds NaN or infinity, or"
+            " its numbers are too large with this weight"
+        )
+    return update, lost
 
 
 def _attached(backbone: nn.Module, weights: Weights) -> Weighted:
@@ -119,13 +134,14 @@ def _updates(used: Weighted) -> dict[Site, list[Update | None]]:
         for site in adapters.sites:
             sites.setdefault(site.name, site)
     refuse_repeated(list(sites.values()))
-    return {site: [_update(s, name, w) for s, w in used] for name, site in sites.items()}
+    held = [(adapters, adapters.adapters, weight) for adapters, weight in used]
+    return {
+        site: [_update(s, own[name], weight) if name in own else None for s, own, weight in held]
+        for name, site in sites.items()
+    }
 
 
-def _update(adapters: AdapterSet, site: str, weight: float) -> Update | None:
-    adapter = adapters.adapters.get(site)
-    if adapter is None:
-        return None
+def _update(adapters: AdapterSet, adapter: Adapter, weight: float) -> Update:
     if not isinstance(adapter, LowRank):
         raise AdaptError(
             f"set {adapters.name!r} ({type(adapters.recipe).__name__}) has no low-rank update, so"

@@ -25,8 +25,12 @@ class Update:
 
     def norm(self) -> float:
         """The Frobenius norm of B A, from the small products of each factor with itself."""
-        square = ((self.B.mT @ self.B) * (self.A @ self.A.mT)).sum()
-        return float(square.clamp_min(0).sqrt())
+        a, b = self.A.double(), self.B.double()  # squares of squares
+        return float(((b.mT @ b) * (a @ a.mT)).sum().clamp_min(0).sqrt())
+
+    def finite(self) -> bool:
+        """No number is NaN or infinite."""
+        return bool(self.A.isfinite().all() and self.B.isfinite().all())
 
     def dense(self) -> Tensor:
         """The update as a matrix [d_out, d_in]."""

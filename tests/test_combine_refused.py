@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from polyadapt.core import (
@@ -99,6 +100,26 @@ def test_sets_without_a_low_rank_update_are_refused_with_the_way_out(
         line = refused(model, weights)
         assert f"set 'other' ({type(recipe).__name__}) has no low-rank update" in line
         assert "activate(backbone, ['other', ...])" in line
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "svd", "rank": 1}])
+@pytest.mark.parametrize(("number", "weight"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, 1e300)])
+def test_what_is_not_finite_is_refused_by_its_site(
+    model: Net, number: float, weight: float, options: dict[str, Any]
+) -> None:
+    with torch.no_grad():
+        sets_of(model)["one"].adapters["blocks.1.qkv[q]"].B.fill_(number)  # type: ignore[operator]
+    weights = {"one": weight, "two": 1.0}
+    site = "blocks.1.qkv[q]" if weight == 1 else "blocks.0.qkv[q]"
+    assert f"the update at {site} is not finite" in refused(model, weights, **options)
+
+
+def test_products_beyond_fp32_are_refused(model: Net) -> None:
+    with torch.no_grad():
+        for parameter in sets_of(model)["one"].parameters():
+            parameter.fill_(1e25)
+    for options in ({"method": "svd", "rank": 1}, {"method": "ties", "rank": 1, "density": 0.5}):
+        assert "is not finite" in refused(model, {"one": 1.0}, **options)
 
 
 def test_a_set_of_another_backbone_or_of_none_is_refused(model: Net) -> None:
