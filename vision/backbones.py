@@ -19,6 +19,17 @@ from .offline import dinov2_small
 from .preprocessing import Preprocessing
 from .tiny_vit import tiny_vit
 
+# What timm's classes raise for options that are of a wrong type or size, or are none of theirs.
+_STUMBLES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
@@ -107,7 +118,7 @@ class TimmBackbone(Backbone):
                 f"the weights of {self.name!r} could not be fetched: {cause} Without a network,"
                 " use OfflineDINOv2 or TinyViT"
             ) from error
-        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        except _STUMBLES as error:
             cause = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise AdaptError(f"timm cannot make {self.name!r} with {options}: {cause}") from error
 

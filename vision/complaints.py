@@ -29,6 +29,10 @@ def in_one_line(parser: ArgumentParser, classes: Classes) -> Iterator[None]:
             raise  # not the parser's own
         keys = list(parser.get_defaults(skip_validation=True).keys())
         raise AdaptError(condensed(str(error), keys, classes)) from error
+    except AttributeError as error:
+        if "append" not in str(error):
+            raise  # not the parser's own: it takes a key `config` for its list of files
+        raise AdaptError("unknown key 'config': a configuration names no other one") from error
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -16,6 +16,7 @@ from ..core.adapters import recipes
 from ..core.errors import AdaptError
 from ..core.recipe import Recipe
 from ..core.run_files import RunFiles
+from ..core.training import require_strategy
 from .backbones import BACKBONES, Backbone
 from .complaints import in_one_line
 from .data import ImageData
@@ -88,6 +89,9 @@ class VisionCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         with in_one_line(parser, _class_names()):
             self.config = parser.parse_args(args)
+        if not isinstance(self.config.trainer, Namespace):
+            said = self.config.trainer
+            raise AdaptError(f"trainer: {said!r} is not allowed: settings such as max_epochs: 10")
         if self.config.get("set") != self.set_file:
             raise AdaptError("`set` belongs on the command line: --set FILE")
         if self.set_file is not None:
@@ -112,6 +116,7 @@ class VisionCLI(LightningCLI):
             trainer: Trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except ValueError as error:  # a name or a number that it does not take
             raise AdaptError(f"trainer: {' '.join(str(error).split())}") from error
+        require_strategy(trainer.strategy)  # before it starts other processes
         return trainer
 
     def _callbacks(self) -> list[Callback]:
