@@ -142,7 +142,7 @@ def test_a_file_that_is_no_configuration_is_one_line(
         (["predict", "--set", "a.yaml", "a.yaml"], "a.yaml"),
         (["predict", "--set", "a.yaml", "."], "holds no image"),
         (["compare", "--configs", "a.yaml", "a.yaml", "--out", "c"], "two configurations"),
-        (["compare", "--configs", "a.yaml", "--out", "c", "--seeds", "0,0"], "different whole numbers"),
+        (["compare", "--configs", "a.yaml", "--out", "c", "--seeds", "0,0"], "list of different"),
         (["sites", "vit_tny_patch16_224", "blocks.*"], "nearest: vit_tiny_patch16_224"),
         (["sites", "vit_tiny_patch16_224", "block.*"], "nearest: blocks.*"),
     ],
