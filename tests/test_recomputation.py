@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 
 from polyadapt.core import (
     IA3,
+    VPT,
     AdaLoRA,
     AdaptError,
     AdapterSet,
@@ -118,6 +119,7 @@ def kept(model: nn.Module, call: Callable[[], Tensor]) -> int:
         (IA3(), None),
         (Bottleneck(rank=2), "blocks.*"),
         (MoSA(rank=2), "blocks.*"),
+        (VPT(prompts=2), None),
         (FullFineTuning(), None),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Recipe) else str(value),
