@@ -192,7 +192,7 @@ def _flag(fields: Mapping[str, Any], key: str) -> bool:
 
 
 def _mapping(fields: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = fields.get(key) or {}
+    value = {} if is_neutral(fields.get(key)) else fields[key]
     if not isinstance(value, dict):
         raise _wrong(key, value, "an object")
     return value
@@ -203,7 +203,7 @@ def _numbers(fields: Mapping[str, Any], key: str) -> dict[str, float]:
 
 
 def _names(fields: Mapping[str, Any], key: str) -> list[str] | str:
-    value = fields.get(key) or []
+    value = [] if is_neutral(fields.get(key)) else fields[key]
     if not isinstance(value, str | list) or not all(isinstance(name, str) for name in value):
         raise _wrong(key, value, "a list of names, or one regular expression")
     return value
@@ -216,7 +216,7 @@ def _listed(fields: Mapping[str, Any], key: str) -> list[str]:
 
 def _layers(fields: Mapping[str, Any]) -> list[int]:
     value = fields.get("layers_to_transform")
-    numbers = [value] if type(value) is int else value or []
+    numbers = [value] if type(value) is int else [] if is_neutral(value) else value
     if fields.get("layers_pattern") and not numbers:
         raise _wrong("layers_pattern", fields["layers_pattern"], "null without layers_to_transform")
     if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
