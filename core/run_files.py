@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .container import write_atomically
@@ -141,12 +142,14 @@ class RunFiles(Checkpoint):
             self._validation_names = set(ours["validation_names"])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if _tries_only(trainer) or not self.rows or not trainer.is_global_zero:
+        if _tries_only(trainer) or not self.rows:
             return
         assert isinstance(pl_module, AdaptedModule), "setup has seen to it"
-        if self.best is not None:
+        if self.best is not None:  # in all processes: they go on with the same tensors
             best = torch.load(self.path("best.ckpt"), map_location="cpu", weights_only=True)
             pl_module.load_state_dict(best["state_dict"])
+        if not trainer.is_global_zero:
+            return
         pl_module.save_adapter(self.path("adapter.safetensors"))
         method = type(pl_module.adapters.recipe).__name__
         picture = learning_curve(self.rows, f"Learning curve: {method}, set {pl_module.set_name!r}")
@@ -161,17 +164,19 @@ class RunFiles(Checkpoint):
             self._loss_sum, self._batches, self._validated = 0.0, 0, False
 
     def _row(self, trainer: Trainer) -> Row:
+        loss = torch.tensor(self._loss_sum / self._batches, dtype=torch.float64)
         row: Row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             "lr": self._lr,
-            "train_loss": self._loss_sum / self._batches,
+            "train_loss": float(_mean_over_processes(trainer, loss)),
         }
         stale = set() if self._validated else self._validation_names
         for name, value in trainer.callback_metrics.items():
             if name not in stale:
                 row.setdefault(name, float(value))
-        return row
+        # What is best must be one decision: every process takes part in a checkpoint.
+        return trainer.strategy.broadcast(row)
 
     def _is_better(self, row: Row, trainer: Trainer) -> bool:
         """Whether this epoch has the best monitored value so far; then it is noted."""
@@ -199,6 +204,14 @@ def _save_checkpoint(trainer: Trainer, path: Path) -> None:
     trainer.save_checkpoint(part)
     if trainer.is_global_zero:
         os.replace(part, path)
+    trainer.strategy.barrier()
+
+
+def _mean_over_processes(trainer: Trainer, value: Tensor) -> Tensor:
+    if trainer.world_size == 1:
+        return value
+    mean: Tensor = trainer.strategy.reduce(value.to(trainer.strategy.root_device), reduce_op="mean")
+    return mean
 
 
 def _table(rows: Sequence[Row]) -> str:

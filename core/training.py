@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Generator, Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -40,9 +41,10 @@ class AdaptedModule(LightningModule, ABC):
     keeps less of the backbone's blocks for backward, see `recompute`.
 
     Checkpoints hold the adapters, the module's own tensors and the optimiser, not the backbone, and
-    a run resumed from the end of an epoch continues bit for bit. Raises `AdaptError` for settings
-    out of range, a loss or gradient that is not finite, adapters that do not act (when `at` was
-    given), a checkpoint that does not fit.
+    a run resumed from the end of an epoch continues bit for bit. Several processes (strategy "ddp")
+    train as one does on their batches together, up to rounding. Raises `AdaptError` for settings
+    out of range, another strategy, a loss or gradient that is not finite, adapters that do not act
+    (when `at` was given), a checkpoint that does not fit.
 
     >>> class Task(AdaptedModule):
     ...     def training_loss(self, batch):
@@ -128,6 +130,9 @@ class AdaptedModule(LightningModule, ABC):
         optimizer = AdamW(groups, lr=self.lr)
         schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, total, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_model(self) -> None:
+        require_strategy(self.trainer.strategy)
 
     def on_fit_start(self) -> None:
         self._total = self._total_steps()
@@ -307,6 +312,23 @@ class AdaptedModule(LightningModule, ABC):
         largest = int(peaks.argmax())
         return (
             f"the largest gradient of the step before was {peaks[largest]:.3g} at {names[largest]}"
+        )
+
+
+def require_strategy(strategy: Strategy) -> None:
+    """Refuse strategies that divide or replace what is trained, or start processes otherwise.
+
+    FSDP and DeepSpeed leave a share of every adapter in each process; what saves, loads and checks
+    adapters does not gather them. The others of DDP copy the trained task back in their own way.
+    """
+    if isinstance(strategy, SingleDeviceStrategy):
+        return
+    start = getattr(strategy, "_start_method", None)
+    if type(strategy) is not DDPStrategy or start != "popen":
+        how = "" if start in (None, "popen") else f" with start_method={start!r}"
+        raise AdaptError(
+            f"strategy {type(strategy).__name__}{how} is not supported: train on one device, or"
+            " with strategy='ddp'"
         )
 
 

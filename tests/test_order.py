@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 
 import numpy
+import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from polyadapt.core import order
 from polyadapt.core.order import EpochSampler, epoch_loader, random_states, set_random_states
 
 
@@ -62,6 +64,34 @@ def test_workers_draw_the_same_numbers_in_the_same_epoch() -> None:
     first, second = batches(one, 3), batches(again, 3)
     assert torch.equal(first, second)
     assert not torch.equal(first[:, 1], batches(one, 4)[:, 1])
+
+
+@pytest.mark.parametrize("length", [12, 11, 1])
+def test_processes_divide_the_order_and_their_batches_are_those_of_one(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = EpochSampler(length, seed=2)
+    sampler.set_epoch(1)
+    alone = list(sampler)
+    shares = []
+    for process in range(2):
+        monkeypatch.setattr(order, "this_process", lambda of=process: (of, 2))
+        shares.append(list(sampler))
+        assert len(shares[-1]) == len(sampler) == (length + 1) // 2
+    pairs = [index for both in zip(*shares, strict=True) for index in both]
+    assert pairs == alone + alone[: length % 2]  # filled up from the beginning
+
+
+def test_every_process_gets_its_own_random_state_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    states = random_states()
+    first = torch.rand(3)
+    states += random_states()
+    second = torch.rand(3)
+    for process, drawn in enumerate((first, second, first)):
+        monkeypatch.setattr(order, "this_process", lambda of=process: (of, 3))
+        set_random_states(states)
+        assert torch.equal(torch.rand(3), drawn)
 
 
 def test_random_states_come_back() -> None:

@@ -16,6 +16,7 @@ from ..core.adapters import recipes
 from ..core.errors import AdaptError
 from ..core.recipe import Recipe
 from ..core.run_files import RunFiles
+from ..core.training import require_strategy
 from .backbones import BACKBONES, Backbone
 from .complaints import in_one_line
 from .data import ImageData
@@ -115,6 +116,7 @@ class VisionCLI(LightningCLI):
             trainer: Trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except ValueError as error:  # a name or a number that it does not take
             raise AdaptError(f"trainer: {' '.join(str(error).split())}") from error
+        require_strategy(trainer.strategy)  # before it starts other processes
         return trainer
 
     def _callbacks(self) -> list[Callback]:

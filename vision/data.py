@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from ..core.errors import AdaptError
 from ..core.order import EpochSampler
@@ -54,24 +54,14 @@ class Images(Dataset[tuple[Tensor, int]]):
         return seen, self.source.labels[index]
 
 
-class EpochAndPosition(Sampler[tuple[int, int]]):
+class EpochAndPosition(EpochSampler):
     """The order of an `EpochSampler`, with its epoch beside every position.
 
     The epoch has to travel with the position: a copy of the data set in a worker knows no epoch.
     """
 
-    def __init__(self, order: EpochSampler) -> None:
-        self.order = order
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls it before every epoch."""
-        self.order.set_epoch(epoch)
-
-    def __iter__(self) -> Any:
-        return iter([(self.order.epoch, position) for position in self.order])
-
-    def __len__(self) -> int:
-        return len(self.order)
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter([(self.epoch, position) for position in super().__iter__()])
 
 
 class ImageData(LightningDataModule, ABC):
@@ -165,8 +155,8 @@ class ImageData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Any]:
         images = self.images("train")
-        order = EpochSampler(len(images), self.seed)
-        return self._loader(images, sampler=EpochAndPosition(order), generator=order.generator)
+        order = EpochAndPosition(len(images), self.seed)
+        return self._loader(images, sampler=order, generator=order.generator)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         images = self.images("val")

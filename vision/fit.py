@@ -20,7 +20,7 @@ def main(verb: str, argv: Sequence[str]) -> int:
     with calm(), errors_in_one_line():
         if verb == "fit":
             trained = fit(argv)
-            if (trained.folder / ADAPTER).is_file():
+            if trained.trainer.is_global_zero and (trained.folder / ADAPTER).is_file():
                 say_what_to_do_next(trained.folder)
         else:
             measure("test" if verb == "test" else "validate", argv)
@@ -32,7 +32,8 @@ def fit(argv: Sequence[str]) -> VisionCLI:
     cli = VisionCLI("fit", argv)
     if not (cli.config.overwrite or cli.config.trainer.fast_dev_run):
         refuse_to_replace(cli.folder, cli.config.ckpt_path)
-    print(str(cli.model.adapters).splitlines()[0], flush=True)
+    if cli.trainer.is_global_zero:
+        print(str(cli.model.adapters).splitlines()[0], flush=True)
     try:
         train(cli)
     except KeyboardInterrupt:

@@ -52,6 +52,8 @@ class Measured(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ImageClassification)
+        if trainer.world_size > 1:  # each process would see, and count, its own images
+            raise AdaptError(f"test with --trainer.devices 1, not with {trainer.world_size}")
         classes = len(pl_module.classes)
         self.counts = torch.zeros(classes, classes, dtype=torch.long)
 

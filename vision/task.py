@@ -146,8 +146,9 @@ class ImageClassification(AdaptedModule):
         metrics = self.metrics[part]
         assert isinstance(metrics, MetricCollection)
         metrics.update(logits.softmax(-1), labels)
-        self.log(f"{part}_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(labels))
+        loss, size = F.cross_entropy(logits, labels), len(labels)
+        self.log(f"{part}_loss", loss, batch_size=size, sync_dist=True)
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=size)
         predicted: Tensor = logits.argmax(-1)
         return predicted
 
