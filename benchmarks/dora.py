@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from rounds import interleaved, machine, one_thread
 from torch import Tensor, nn
 
+from polyadapt.benchmarks.rounds import interleaved, machine, one_thread
 from polyadapt.core import DoRA, LoRA, attach
 
 WIDTH = 4096
@@ -26,7 +26,7 @@ CASES = ((16, 512), (16, 64), (384, 64))
 def model(kind: str, rank: int) -> nn.Module:
     """One linear layer under `LoRA`, `DoRA`, `PEFT LoRA` or `PEFT DoRA`."""
     torch.manual_seed(0)
-    made = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    made: nn.Module = nn.Sequential(nn.Linear(WIDTH, WIDTH))
     if kind.startswith("PEFT"):
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"], use_dora="DoRA" in kind)
         made = inject_adapter_in_model(config, made)

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 
-from rounds import machine
+from polyadapt.benchmarks.rounds import machine
 
 COMMAND = (
     "import time, sys; begin = time.perf_counter(); {};"
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     print(machine("peft"))
-    found = {name: [] for name in STATEMENTS}
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in STATEMENTS}
     for _ in range(asked.rounds):
         for name, statement in STATEMENTS.items():
             found[name].append(fresh(statement))

@@ -12,10 +12,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from rounds import interleaved, machine, one_thread
 from torch import nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
+from polyadapt.benchmarks.rounds import interleaved, machine, one_thread
 from polyadapt.core import LoRA, activate, attach, stack
 
 BATCH, CONTEXT, STEPS, RANK = 32, 16, 16, 8
@@ -25,7 +25,8 @@ LAYERS = ["h.*.attn.c_attn", "h.*.attn.c_proj", "h.*.mlp.c_fc", "h.*.mlp.c_proj"
 def gpt2() -> GPT2LMHeadModel:
     """GPT-2 small with random weights."""
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config()).eval()
+    model: GPT2LMHeadModel = GPT2LMHeadModel(GPT2Config()).eval()
+    return model
 
 
 def decoding(model: nn.Module, **kwargs: Any) -> Callable[[], Any]:

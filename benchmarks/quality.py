@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from PIL import Image
-from rounds import machine, one_thread
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from polyadapt.benchmarks.rounds import machine, one_thread
 from polyadapt.core import AdapterTune, FullFineTuning, LoRA, MoSA, Recipe
 from polyadapt.core.order import epoch_loader
 from polyadapt.vision.backbones import OfflineDINOv2

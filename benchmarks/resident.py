@@ -9,14 +9,15 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from rounds import machine, one_thread
 from torch import nn
 
+from polyadapt.benchmarks.rounds import machine, one_thread
 from polyadapt.core import LoRA, activate, attach, switch
 
 AT = ["blocks.*.attn.qkv", "blocks.*.attn.proj"]
@@ -59,7 +60,7 @@ def measured(model: nn.Module, count: int, attaching: list[float], before: float
             model(images)
 
     turns = [f"s{n}" for n in range(min(count, 20))]
-    switching = median_ms(lambda: [switch(model, name) for name in turns], 5) / len(turns)
+    switching = median_ms(lambda: list(map(partial(switch, model), turns)), 5) / len(turns)
     recent = statistics.median(attaching[-20:])
     return [recent, switching, median_ms(mixed, 5), resident_mib() - before]
 

@@ -12,9 +12,9 @@ from typing import Any
 import timm
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from rounds import interleaved, machine, one_thread
 from torch import Tensor, nn
 
+from polyadapt.benchmarks.rounds import interleaved, machine, one_thread
 from polyadapt.core import DoRA, LoRA, attach
 
 AT = ["blocks.*.attn.qkv", "blocks.*.attn.proj", "blocks.*.mlp.fc1", "blocks.*.mlp.fc2"]

@@ -57,3 +57,16 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the data folder {folder}; POLYADAPT_SHARED_DATA can name another")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many cells of the law table (a law for a method at a layer kind) ran and passed."""
+    files = ("test_laws.py", "test_compile.py", "test_stacking.py")
+    for outcome in ("passed", "failed"):
+        reports = terminalreporter.stats.get(outcome, [])
+        cells = [r.nodeid for r in reports if " at " in r.nodeid and r.fspath.endswith(files)]
+        if cells:
+            laws = {cell.split("::")[1].split("[")[0] for cell in cells}
+            terminalreporter.write_line(
+                f"law table: {len(cells)} cells {outcome}, {len(laws)} laws"
+            )
