@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from .activation import activate as activate
     from .combining import combine as combine
     from .errors import AdaptError as AdaptError
-    from .peft_reading import import_peft as import_peft
-    from .peft_writing import export_peft as export_peft
+    from .peft.reading import import_peft as import_peft
+    from .peft.writing import export_peft as export_peft
     from .recipe import Adapter as Adapter
     from .recipe import Recipe as Recipe
     from .recomputation import recompute as recompute
@@ -39,8 +39,8 @@ _HOME = {
     "activate": "activation",
     "attach": "sets",
     "combine": "combining",
-    "export_peft": "peft_writing",
-    "import_peft": "peft_reading",
+    "export_peft": "peft.writing",
+    "import_peft": "peft.reading",
     "load": "store",
     "recompute": "recomputation",
     "select": "sites",

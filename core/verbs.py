@@ -102,7 +102,7 @@ def _import(argv: list[str]) -> int:
         "--out", type=Path, required=True, metavar="OUT.safetensors", help="where it goes"
     )
     asked = parser.parse_args(argv)
-    from .peft_command import import_folder
+    from .peft.command import import_folder
 
     print(import_folder(asked.folder, asked.model, asked.weights, asked.out, asked.name))
     return 0
@@ -120,7 +120,7 @@ def _export(argv: list[str]) -> int:
         "--out", required=True, metavar="FOLDER", help="a new folder, or hub:owner/name"
     )
     asked = parser.parse_args(argv)
-    from .peft_command import export_file
+    from .peft.command import export_file
 
     print(export_file(asked.file, asked.model, asked.weights, asked.out))
     return 0

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from polyadapt.core.peft_config import CONFIG, TENSORS
+from polyadapt.core.peft.config import CONFIG, TENSORS
 from polyadapt.tests.law_real_models import OTHERS, TIMM, Real
 
 REALS = TIMM | OTHERS

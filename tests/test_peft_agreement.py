@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from polyadapt.core import AdaLoRA, DoRA, LoRA, Recipe, attach, export_peft, import_peft
-from polyadapt.core.peft_config import TENSORS
+from polyadapt.core.peft.config import TENSORS
 from polyadapt.tests.law_table import stir
 from polyadapt.tests.peft_cases import (
     CASES,

@@ -29,7 +29,7 @@ from polyadapt.core import (
     import_peft,
     load,
 )
-from polyadapt.core.peft_command import export_file
+from polyadapt.core.peft.command import export_file
 from polyadapt.tests.law_table import stir
 from polyadapt.tests.peft_cases import apart, loaded, nested, peft_model, saved, states, tensors
 

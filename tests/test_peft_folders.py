@@ -23,7 +23,7 @@ from polyadapt.core import (
     load,
     peft_config,
 )
-from polyadapt.core.peft_names import exactly
+from polyadapt.core.peft.names import exactly
 from polyadapt.tests.law_table import stir
 from polyadapt.tests.peft_cases import (
     CASES,

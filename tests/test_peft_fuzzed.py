@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from polyadapt.core import AdaptError, import_peft, sets_of
-from polyadapt.core.peft_config import (
+from polyadapt.core.peft.config import (
     CONFIG,
     NO_EFFECT,
     OF_METHOD,

@@ -21,9 +21,9 @@ from polyadapt.core import (
     attach,
     export_peft,
     import_peft,
-    peft_config,
     sets_of,
 )
+from polyadapt.core.peft.config import REFUSED
 from polyadapt.tests.law_models import LAYERS
 from polyadapt.tests.law_real_models import gpt2_with_head
 from polyadapt.tests.peft_cases import (
@@ -54,7 +54,7 @@ def refused(model: nn.Module, folder: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("key", sorted(peft_config.REFUSED | {"a_field_of_tomorrow"}))
+@pytest.mark.parametrize("key", sorted(REFUSED | {"a_field_of_tomorrow"}))
 def test_a_field_that_changes_numbers_is_refused_by_name(key: str, folder: Path) -> None:
     neutrals: list[Any] = [None, False, "", [], {}]
     for neutral in neutrals:

@@ -14,8 +14,8 @@ from functools import cache
 
 from torch import nn
 
-from .errors import StoreError
-from .readers import reach
+from ..errors import StoreError
+from ..readers import reach
 
 _ENTRY = re.compile(r"forward|encode|decode|embed|generate|predict")
 _MENTION = re.compile(r"\.(\w+)")

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import StoreError
-from .kinds import layer_at
-from .peft_reads import refuse_unless_called
-from .peft_tensors import PREFIX, Place, own_shape, refuse_kind, refuse_layer
-from .recipe import Adapter, LowRank, Recipe
-from .sets import AdapterSet, check_tensors
-from .sites import Site
-from .store import AdapterFile
+from ..errors import StoreError
+from ..kinds import layer_at
+from ..recipe import Adapter, LowRank, Recipe
+from ..sets import AdapterSet, check_tensors
+from ..sites import Site
+from ..store import AdapterFile
+from .reads import refuse_unless_called
+from .tensors import PREFIX, Place, own_shape, refuse_kind, refuse_layer
 
 _FORMS = ("LoRA", "DoRA", "AdaLoRA")
 

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Generator, Tensor, nn
 
-from .drawer import DRAWER
-from .errors import AdaptError, StoreError
-from .kinds import is_called_layer, kind_of, layer_at, layer_class, stored_at
-from .peft_config import PeftConfig, divisor, read_config, read_schedule
-from .peft_head import read_head
-from .peft_names import lookup, targeted
-from .peft_reads import refuse_unless_called
-from .peft_tensors import Place, by_path, own_shape, read_tensors, refuse_layer
-from .readers import reach
-from .sets import AdapterSet, build_set, check_tensors, install
-from .sites import Site, Sites, select
+from ..drawer import DRAWER
+from ..errors import AdaptError, StoreError
+from ..kinds import is_called_layer, kind_of, layer_at, layer_class, stored_at
+from ..readers import reach
+from ..sets import AdapterSet, build_set, check_tensors, install
+from ..sites import Site, Sites, select
+from .config import PeftConfig, divisor, read_config, read_schedule
+from .head import read_head
+from .names import lookup, targeted
+from .reads import refuse_unless_called
+from .tensors import Place, by_path, own_shape, read_tensors, refuse_layer
 
 if TYPE_CHECKING:
-    from .adapters.adalora import AdaLoRA
-    from .adapters.lora import LoRA, PairAdapter
+    from ..adapters.adalora import AdaLoRA
+    from ..adapters.lora import LoRA, PairAdapter
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def import_peft(
     ...     import_peft(model, f"{folder}/pets", "again").recipe.alpha
     6.0
     """
-    from .peft_hub import local_folder
+    from .hub import local_folder
 
     path = local_folder(folder)
     config = read_config(path)
@@ -179,9 +179,9 @@ def _kept(config: PeftConfig, path: str) -> Sequence[int]:
 
 
 def _recipe(config: PeftConfig, layers: Sequence[_Layer], trainable: bool) -> LoRA | AdaLoRA:
-    from .adapters.adalora import AdaLoRA
-    from .adapters.dora import DoRA
-    from .adapters.lora import LoRA
+    from ..adapters.adalora import AdaLoRA
+    from ..adapters.dora import DoRA
+    from ..adapters.lora import LoRA
 
     # Where a weight is read no input is seen to drop: that matters only in training.
     drops = trainable or all(layer.site.slot == "output" for layer in layers)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from math import comb
 from typing import TypeVar
 
-from .errors import StoreError
-from .peft_config import PeftConfig
+from ..errors import StoreError
+from .config import PeftConfig
 
 _MOST_STEPS = 10**9
 _Value = TypeVar("_Value")

@@ -15,14 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
-from .drawer import DRAWER
-from .errors import StoreError
-from .peft_config import CONFIG, TENSORS, divisor
-from .peft_hub import PREFIX as HUB
-from .peft_hub import push, repository
-from .peft_names import exactly, inside
-from .peft_pieces import Export, Piece, from_set, tensors_of, whole_layers
-from .sets import AdapterSet
+from ..drawer import DRAWER
+from ..errors import StoreError
+from ..sets import AdapterSet
+from .config import CONFIG, TENSORS, divisor
+from .hub import PREFIX as HUB
+from .hub import push, repository
+from .names import exactly, inside
+from .pieces import Export, Piece, from_set, tensors_of, whole_layers
 
 
 def export_peft(adapter_set: AdapterSet, folder: str | Path) -> None:

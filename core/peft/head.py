@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from .drawer import DRAWER
-from .errors import StoreError
-from .peft_config import PeftConfig
+from ..drawer import DRAWER
+from ..errors import StoreError
+from .config import PeftConfig
 
 
 def read_head(

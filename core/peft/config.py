@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import StoreError
+from ..errors import StoreError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 METHODS = ("LORA", "ADALORA")

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .errors import StoreError
-from .peft_config import TENSORS
+from ..errors import StoreError
+from .config import TENSORS
 
 PREFIX = "base_model.model."
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

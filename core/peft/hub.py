@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from .errors import AdaptError, StoreError
-from .peft_config import CONFIG, TENSORS
+from ..errors import AdaptError, StoreError
+from .config import CONFIG, TENSORS
 
 PREFIX = "hub:"
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import AdaptError, StoreError
-from .peft_pieces import from_file
-from .peft_reading import import_peft
-from .peft_writing import export_peft, write
-from .store import load, read_file
+from ..errors import AdaptError, StoreError
+from ..store import load, read_file
+from .pieces import from_file
+from .reading import import_peft
+from .writing import export_peft, write
 
 
 def import_folder(folder: str, model: str, weights: Path | None, out: Path, name: str) -> str:
