@@ -118,6 +118,20 @@ def test_a_name_of_the_core_loads_torch_and_no_framework() -> None:
     assert {*loaded} <= {"torch", "numpy", "triton"}  # torch loads the other two itself
 
 
+def test_everything_of_the_core_but_training_needs_torch_and_safetensors_alone() -> None:
+    code = (
+        "import sys, torch, safetensors.torch\n"
+        "before = set(sys.modules)\n"
+        "from polyadapt import core\n"
+        "names = sorted({*core._HOME} - {'AdaptedModule', 'RunFiles'})\n"  # Lightning's
+        "import polyadapt.core.cli; [getattr(core, name) for name in (*names, 'LoRA')]\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*new - sys.stdlib_module_names)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["polyadapt"]
+
+
 def test_importing_a_domain_loads_nothing_heavy() -> None:
     for folder in FOLDERS:
         assert _loaded_after(f"import {_module(folder / '__init__.py')}") == [], folder.name
