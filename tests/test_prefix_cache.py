@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from polyadapt.core import AdaptError, FullFineTuning, LoRA, attach
+from polyadapt.core.order import epoch_loader
 from polyadapt.core.prefix_cache import PrefixCache
+from polyadapt.tests.test_training import Task
+from polyadapt.tests.test_training import vit as training_vit
 
 STATE = 5 * 8 * 4  # bytes: 4 patches and the class token, 8 numbers each, in single precision
 
@@ -111,6 +117,39 @@ def test_weights_behind_the_prefix_may_change() -> None:
         model.get_parameter("blocks.2.mlp.fc1.weight").mul_(2)
     assert torch.equal(cached(images, range(4)), model(images))
     assert embedded == [4]  # the backbone's own call
+
+
+class Cached(Task):
+    """Batches bring the number of each picture."""
+
+    def training_loss(self, batch: Any) -> Tensor:
+        images, labels, keys = batch
+        return F.cross_entropy(self.head(self.features(images, keys)), labels)
+
+    def features(self, images: Tensor, keys: Tensor) -> Tensor:
+        return self.backbone(images)  # type: ignore[no-any-return]
+
+
+def trained(cache: bool) -> tuple[list[int], dict[str, Tensor]]:
+    torch.manual_seed(3)
+    task = Cached(LoRA(rank=2), "blocks.1.attn.qkv", training_vit(depth=2), lr=0.01)
+    if cache:
+        task.features = PrefixCache(task.backbone, samples=8)  # type: ignore[method-assign]
+    data = TensorDataset(pictures(8), torch.arange(8) % 3, torch.arange(8))
+    embedded = calls_of(task.backbone.patch_embed)  # type: ignore[arg-type]
+    shown = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger")
+    off: dict[str, Any] = dict.fromkeys(shown, False)
+    loader: DataLoader[Any] = epoch_loader(data, 4, seed=0)
+    Trainer(accelerator="cpu", max_epochs=3, **off).fit(task, loader)
+    return embedded, task.state_dict()
+
+
+def test_training_gives_the_same_adapters_and_runs_the_prefix_in_the_first_epoch_only() -> None:
+    always, plain = trained(cache=False)
+    once, found = trained(cache=True)
+    assert (always, once) == ([4] * 6, [4] * 2)
+    for name, tensor in plain.items():
+        assert torch.allclose(found[name], tensor, atol=1e-6), name
 
 
 # What is refused
