@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .errors import AdaptError as AdaptError
     from .peft.reading import import_peft as import_peft
     from .peft.writing import export_peft as export_peft
+    from .prefix_cache import PrefixCache as PrefixCache
     from .recipe import Adapter as Adapter
     from .recipe import Recipe as Recipe
     from .recomputation import recompute as recompute
@@ -33,6 +34,7 @@ _HOME = {
     "Adapter": "recipe",
     "AdapterSet": "sets",
     "AdaptedModule": "training",
+    "PrefixCache": "prefix_cache",
     "Recipe": "recipe",
     "RunFiles": "run_files",
     "Site": "sites",

@@ -37,7 +37,7 @@ class PrefixCache:
     a bound without room for one state, and when a set was attached to an earlier block.
 
     >>> from timm.models.vision_transformer import VisionTransformer
-    >>> from polyadapt.core import LoRA, attach
+    >>> from polyadapt.core import LoRA, PrefixCache, attach
     >>> vit = VisionTransformer(
     ...     img_size=16, patch_size=8, embed_dim=8, depth=3, num_heads=2, num_classes=0
     ... )

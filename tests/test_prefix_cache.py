@@ -13,9 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from polyadapt.core import AdaptError, FullFineTuning, LoRA, attach
+from polyadapt.core import AdaptError, FullFineTuning, LoRA, PrefixCache, attach
 from polyadapt.core.order import epoch_loader
-from polyadapt.core.prefix_cache import PrefixCache
 from polyadapt.tests.test_training import Task
 from polyadapt.tests.test_training import vit as training_vit
 
