@@ -21,8 +21,8 @@ from polyadapt.core import (
     export_peft,
     import_peft,
     load,
-    peft_config,
 )
+from polyadapt.core.peft import config as settings
 from polyadapt.core.peft.names import exactly
 from polyadapt.tests.law_table import stir
 from polyadapt.tests.peft_cases import (
@@ -46,9 +46,9 @@ VIT = CASES["timm ViT"]
 
 def test_every_field_of_pefts_configs_is_in_exactly_one_class() -> None:
     for method, cls in (("LORA", peft.LoraConfig), ("ADALORA", peft.AdaLoraConfig)):
-        own = peft_config.OF_METHOD[method]
-        classes = [peft_config.NO_EFFECT, peft_config.UNDERSTOOD, peft_config.REFUSED, own]
-        inherited = peft_config.OF_METHOD["LORA"] - own if method == "ADALORA" else set()
+        own = settings.OF_METHOD[method]
+        classes = [settings.NO_EFFECT, settings.UNDERSTOOD, settings.REFUSED, own]
+        inherited = settings.OF_METHOD["LORA"] - own if method == "ADALORA" else set()
         for field in dataclasses.fields(cls):
             where = sum(field.name in group for group in classes)
             assert where == (0 if field.name in inherited else 1), field.name
