@@ -201,6 +201,22 @@ def test_a_dead_site_is_left_out_of_the_plain_lora() -> None:
     assert recipe.rank == len(tensors["2/A"]) == 1
 
 
+def test_a_site_whose_name_ends_with_another_sites_name_becomes_a_plain_lora() -> None:
+    def towers() -> nn.Sequential:
+        return nn.Sequential(chain(), nn.Sequential(chain(seed=4)))
+
+    model, other = towers(), towers()
+    made = attach(model, AdaLoRA(rank=2), at=["0.0", "1.0.0"])  # r0 = 3
+    text, image = adalora(made)
+    text.E.data[1], image.E.data[:] = 2.0, torch.tensor([1.0, 2.0, 3.0])
+    recipe, sites, tensors = as_lora(made)
+    plain = attach(other, recipe, sites)
+    plain.load_state_dict(tensors)
+    torch.testing.assert_close(other(torch.ones(3, 6)), model(torch.ones(3, 6)))
+    assert not tensors["0.0/A"][1:].any()
+    assert not tensors["0.0/B"][:, 1:].any()
+
+
 def test_a_file_of_another_initial_rank_does_not_load(tmp_path: Path) -> None:
     _, made = trained()
     wrong = attach(chain(), AdaLoRA(rank=2, initial_rank=3), at="{0,2}")

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from ..errors import AdaptError
 from ..recipe import Adapter, Recipe, require, require_finite, require_rank
 from ..sites import Site, Sites
-from .lora import LoRA, Pair, PairAdapter, require_matrix, widened, without_autocast
+from .lora import LoRA, Pair, PairAdapter, fits, require_matrix, widened, without_autocast
 
 if TYPE_CHECKING:
     from ..layers import FrozenLayer
@@ -303,7 +303,8 @@ def ranks(adapters: AdapterSet) -> dict[str, int]:
 def as_lora(adapters: AdapterSet) -> tuple[LoRA, Sites, dict[str, Tensor]]:
     """The live triplets as a plain LoRA: recipe, sites and tensors, s and E folded into B.
 
-    Sites without a live triplet are left out. The products are the same but for rounding.
+    Sites without a live triplet are left out. The products are the same but for rounding. Where the
+    name of one site is the tail of another's, all have the largest rank: zeros fill the rest.
 
     >>> from polyadapt.core import attach
     >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -319,12 +320,26 @@ def as_lora(adapters: AdapterSet) -> tuple[LoRA, Sites, dict[str, Tensor]]:
     live = [(s, cast("AdaLoRAAdapter", a)) for s, a in adapters.pairs()]
     live = [(s, a) for s, a in live if a.rank()]
     require(bool(live), f"set {adapters.name!r} has no live triplet: there is nothing to convert")
-    found = {s.name: a.rank() for s, a in live}
-    largest = max(found.values())
-    recipe = LoRA(rank=largest, ranks={s: r for s, r in found.items() if r != largest}, alpha=1.0)
+    recipe = _lora_of({s: a.rank() for s, a in live})
     tensors: dict[str, Tensor] = {}
     for site, adapter in live:
         a, b, e = adapter.A.detach(), adapter.B.detach(), adapter.E.detach()
-        own, scale = e != 0, adapter.scale / recipe.scale_of(found[site.name])
-        tensors |= {f"{site.name}/A": a[own], f"{site.name}/B": b[:, own] * (scale * e[own])}
+        rank, own = recipe.rank_at(site), e != 0
+        scale, missing = adapter.scale / recipe.scale_of(rank), rank - adapter.rank()
+        tensors[f"{site.name}/A"] = F.pad(a[own], (0, 0, 0, missing))
+        tensors[f"{site.name}/B"] = F.pad(b[:, own] * (scale * e[own]), (0, missing))
     return recipe, Sites(site for site, _ in live), tensors
+
+
+def _lora_of(wanted: Mapping[Site, int]) -> LoRA:
+    """LoRA of these ranks; of the largest alone where names as patterns fit other sites, too."""
+    largest = max(wanted.values())
+    recipe = LoRA(
+        rank=largest, ranks={s.name: r for s, r in wanted.items() if r != largest}, alpha=1.0
+    )
+    clash = any(
+        fits(name, site) and rank != wanted[site]
+        for name, rank in recipe.ranks.items()
+        for site in wanted
+    )
+    return recipe.replace(ranks={}) if clash else recipe
