@@ -20,6 +20,7 @@ from polyadapt.vision.data import ImageData, ImageLists
 from polyadapt.vision.lists import read_list, read_lists
 from polyadapt.vision.preprocessing import Mode, Preprocessing
 from polyadapt.vision.vtab_tasks import (
+    FINAL,
     GROUPS,
     TASKS,
     TUNE,
@@ -150,8 +151,8 @@ def test_the_final_training_takes_all_images_when_no_share_is_split_off() -> Non
     assert [len(data.images(part)) for part in ("train", "val", "test")] == [12, 0, 4]
 
 
-def test_a_path_may_hold_blanks() -> None:
-    root = lists_of("a", train="one two.png 1\n\nx.png  0\n")
+def test_a_path_may_hold_blanks_and_a_mark_of_the_encoding_is_no_part_of_it() -> None:
+    root = lists_of("a", train="\ufeffone two.png 1\n\nx.png  0\n")
     assert read_list(root / "train.txt") == [("one two.png", 1), ("x.png", 0)]
 
 
@@ -162,6 +163,8 @@ def test_a_path_may_hold_blanks() -> None:
         ({"train": "\n"}, "the list a/train.txt is empty"),
         ({"train": "x.png 0\ny.png\n"}, "a/train.txt, line 2: 'y.png' is not a path and a label"),
         ({"train": "x.png -1\n"}, "line 1: 'x.png -1'"),
+        ({"train": f"x.png {'9' * 5000}\n"}, "label from 0 .of 6 digits at most"),
+        ({"train": "x.png 0\n"}, "a/train.txt names x.png, which is no file in a .1 of 1 images"),
         ({"train": "x.png 0\ny.png 3\n"}, "a label is 3, but there are 3 classes"),
         ({"train": "x.png 0\ny.png 1\n", "test": "y.png 1\n"}, "y.png is in train.txt and test"),
         ({"train": "x.png 0\n", "val": "x.png 1\n"}, "x.png is in train.txt and val.txt"),
@@ -176,10 +179,10 @@ def test_a_bad_list_is_refused(texts: dict[str, str], told: str) -> None:
 
 def test_lists_that_do_not_add_up_are_refused() -> None:
     save_task(Path("mini"), KITTI)
-    check_lists(Path("mini"), KITTI)
+    check_lists(Path("mini"), KITTI, FINAL)
     lists_of("mini/kitti", train800val200="images/train800/0.png 0\n")
     with pytest.raises(AdaptError, match=r"has 1 lines, train800\.txt and val200\.txt together 12"):
-        check_lists(Path("mini"), KITTI)
+        check_lists(Path("mini"), KITTI, FINAL)
 
 
 def test_tasks_are_found_by_the_lists_that_a_split_needs() -> None:
@@ -317,6 +320,23 @@ def test_a_second_call_repeats_no_finished_fit_and_does_the_missing_ones(
     again = Path("out/results.csv").read_text()
     strip = [line.rsplit(",", 2)[0] for line in results.splitlines()]  # without the seconds
     assert [line.rsplit(",", 2)[0] for line in again.splitlines()] == strip
+
+
+@pytest.mark.parametrize("wrong", ["images/test/0.png", "train800val200.txt"])
+def test_what_is_wrong_with_the_last_task_is_told_before_the_first_is_trained(
+    capsys: pytest.CaptureFixture[str], wrong: str
+) -> None:
+    save_vtab_mini(Path("mini"), [CAMELYON, KITTI])
+    save_configuration()
+    Path("mini/kitti/val200.txt").unlink()
+    if wrong.endswith(".png"):
+        Path("mini/kitti", wrong).unlink()
+        told = "mini/kitti/test.txt names images/test/0.png, which is no file in mini/kitti (1 of 4"
+    else:
+        Path("mini/kitti", wrong).write_text("images/train800/0.png 4\n")
+        told = "mini/kitti: a label is 4, but there are 4 classes"
+    assert told in vtab(capsys).line()
+    assert not Path("out").exists()
 
 
 def test_records_of_other_settings_are_not_taken_for_these(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from PIL import Image
 
@@ -13,6 +14,7 @@ from .preprocessing import open_image
 from .sources import Source, Sources
 
 Line = tuple[str, int]
+DIGITS: Final = 6  # of a label: the largest one tells the number of classes
 
 
 def read_lists(
@@ -21,7 +23,7 @@ def read_lists(
     """The images of `train` and, where `lists` names a file for them, of `val` and `test`.
 
     Raises `AdaptError` for a list that is missing or malformed, a label from `classes` on (their
-    number; else the largest label tells it) and an image that is in two parts.
+    number; else the largest label tells it), an image that is in two parts and one that is missing.
     """
     top = Path(root)
     if not top.is_dir():
@@ -33,6 +35,8 @@ def read_lists(
     most = max(label for lines in parts.values() for _, label in lines)
     if classes is not None and most >= classes:
         raise AdaptError(f"{top}: a label is {most}, but there are {classes} classes")
+    for part, lines in parts.items():
+        _refuse_missing(top, str(lists[part]), lines)
     names = tuple(str(label) for label in range(classes or most + 1))
     sources = {part: _source(top, lines) for part, lines in parts.items()}
     return Sources(names, sources["train"], sources.get("val"), sources.get("test"))
@@ -48,7 +52,7 @@ def read_list(file: Path) -> list[Line]:
     [('test/a b.png', 3)]
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors put a mark before the first line
     except FileNotFoundError:
         raise AdaptError(f"there is no list {file}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -61,10 +65,10 @@ def read_list(file: Path) -> list[Line]:
 
 def _line(file: Path, number: int, line: str) -> Line:
     path, _, label = line.strip().rpartition(" ")
-    if not path or not label.isascii() or not label.isdecimal():
+    if not path or not label.isascii() or not label.isdecimal() or len(label) > DIGITS:
         raise AdaptError(
-            f"{file}, line {number}: {line[:80]!r} is not a path and a label from 0, with a blank"
-            " in between"
+            f"{file}, line {number}: {line[:80]!r} is not a path and a label from 0 (of {DIGITS}"
+            " digits at most), with a blank in between"
         )
     return path.rstrip(), int(label)
 
@@ -79,6 +83,16 @@ def _refuse_shared(
             if owner.setdefault(path, part) != part:
                 both = f"{lists[owner[path]]} and {lists[part]}"
                 raise AdaptError(f"{top}: {path} is in {both}: parts must not share images")
+
+
+def _refuse_missing(top: Path, name: str, lines: Sequence[Line]) -> None:
+    """Found at the start: an image of the test part is opened hours later."""
+    missing = [path for path, _ in lines if not (top / path).is_file()]
+    if missing:
+        raise AdaptError(
+            f"{top / name} names {missing[0]}, which is no file in {top} ({len(missing)} of"
+            f" {len(lines)} images are missing)"
+        )
 
 
 def _source(top: Path, lines: Sequence[Line]) -> Source:

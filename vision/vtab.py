@@ -32,9 +32,10 @@ LINES = ("orig", "vpt", "fact", "raw")
 def main(argv: list[str]) -> int:
     """Fit every task with every seed, then print and write the table; finished fits are kept."""
     asked = _parser().parse_args(argv)
-    tasks = tasks_in(asked.root, SPLITS[asked.split])
+    lists = SPLITS[asked.split]
+    tasks = tasks_in(asked.root, lists)
     for task in tasks:
-        check_lists(asked.root, task)
+        check_lists(asked.root, task, lists)
     records = records_of(
         [task_fit(asked.config, task, seed, asked) for seed in asked.seeds for task in tasks]
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from ..core.errors import AdaptError
-from .lists import read_list
+from .lists import read_list, read_lists
 
 GROUPS: Final = ("Natural", "Specialized", "Structured")
 IMAGES: Final = 1000
@@ -127,8 +127,12 @@ def tasks_in(root: Path, lists: Lists) -> list[Task]:
     return found
 
 
-def check_lists(root: Path, task: Task) -> None:
-    """Where all lists are there, the final training has as many images as the tuning's two."""
+def check_lists(root: Path, task: Task, lists: Lists) -> None:
+    """The lists can be read and name images that are there, before any task is trained.
+
+    Where all are there, the final training has as many images as the tuning's two.
+    """
+    read_lists(root / task.name, lists, task.classes)
     files = [root / task.name / name for name in (WHOLE, MOST, REST)]
     if not all(file.is_file() for file in files):
         return
