@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +45,20 @@ class Active:
     kept: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
     """By slot: what a mixed batch needs there, gathered once for all calls of the activation."""
 
+    def held(self) -> Active:
+        """What a forward that is recomputed asks: the index as it was, whatever it becomes."""
+        if self.routed is None:
+            return self
+        index = self.routed.index
+        version = None if index.is_inference() else index._version
+        made: tuple[int | None, Active] | None = self.kept.get(_INDEX)
+        if made is None or version is None or made[0] != version:
+            routed = replace(self.routed, index=index.clone())
+            self.kept[_INDEX] = made = (version, Active(routed=routed))
+        return made[1]
 
+
+_INDEX = -1  # no slot's id
 _threads = threading.local()
 # One entry per backbone (by the identity of its drawer): contexts of several models may nest.
 _OVERRIDES: ContextVar[tuple[tuple[int, Active], ...]] = ContextVar("overrides", default=())
@@ -221,7 +234,7 @@ class Stamp:
         key, notes = ("polyadapt", id(self.drawer)), _notes(node)
         if key in notes:  # a skipped block returns what another forward made: that one's
             return
-        drawer, active, thread = self.drawer, current(self.drawer), _this_thread()
+        drawer, active, thread = self.drawer, current(self.drawer).held(), _this_thread()
         notes[key] = active
         node.register_prehook(lambda grads: drawer.records.note(drawer, active, thread))
 

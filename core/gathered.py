@@ -41,13 +41,20 @@ class Branches:
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x [n, ..., d_in], y [n, ..., d_out] -> y' of y's shape; entry i through branch i."""
-        flat = y.reshape(len(y), -1, y.shape[-1])
-        hidden = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), self.down.mT)
+        flat = _tokens(y)
+        # Whisper's layers cast their weights to what they are called with.
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        hidden = torch.bmm(_tokens(x), down.mT)
         if self.gain is None:
-            return torch.baddbmm(flat, hidden, self.up).view(y.shape).to(y.dtype)
+            return torch.baddbmm(flat, hidden, up).view(y.shape).to(y.dtype)
         base = flat if self.layer.bias is None else flat - self.layer.bias
-        changed = (self.gain - 1)[:, None] * base + torch.bmm(hidden, self.up)
+        changed = (self.gain - 1)[:, None] * base + torch.bmm(hidden, up)
         return (flat + changed).view(y.shape).to(y.dtype)
+
+
+def _tokens(t: Tensor) -> Tensor:
+    """[n, ..., d] -> [n, tokens, d], of no samples, too."""
+    return t[:, None] if t.ndim == 2 else t.flatten(1, -2)
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,9 @@ def routed(
     made: tuple[list[tuple[int, int]], list[Masked]] | None = kept.get(slot)
     mark = _marks([index])  # another choice may be written into the tensor
     if made is None or made[0] != mark:
-        kept[slot] = made = (mark, _routed(parts, index))
+        # Outside of inference mode, or what is kept could not be used in training.
+        with torch.inference_mode(False), torch.no_grad():
+            kept[slot] = made = (mark, _routed(parts, index))
     return made[1]
 
 
@@ -133,9 +142,14 @@ class Kept:
     modes: Sequence[bool]
 
     def fresh(self, adapters: Mapping[str, Sequence[Piece]]) -> bool:
-        """Same adapters, same mode, no tensor written since (by version, and by memory)."""
+        """Same adapters, same mode, no tensor written since (by version, and by memory).
+
+        Never while a factor trains: an optimiser may write without raising a tensor's version
+        (torch's AdamW(fused=True) does).
+        """
         return (
-            all(adapters.get(name) is piece for name, piece in self.pieces.items())
+            not any(t.requires_grad for t in self.read)
+            and all(adapters.get(name) is piece for name, piece in self.pieces.items())
             and self.modes == _modes(self.pieces)
             and self.marks == _marks(self.read)
         )
@@ -202,10 +216,12 @@ def stack_branches(layer: FrozenLayer, branches: Sequence[Branch]) -> Branches:
     down = torch.stack([_filled(b.down, rank) for b in branches])
     up = torch.stack([_filled(b.up.mT, rank) for b in branches])
     if any(b.scale != 1 for b in branches):
-        up = up * torch.tensor([b.scale for b in branches], device=up.device)[:, None, None]
+        up = up.to(torch.promote_types(up.dtype, dtype))
+        scales = torch.tensor([b.scale for b in branches], dtype=up.dtype, device=up.device)
+        up = up * scales[:, None, None]
     gain = None
     if any(b.gain is not None for b in branches):
-        ones = torch.ones(up.shape[-1], device=up.device)
+        ones = torch.ones(up.shape[-1], dtype=torch.float32, device=up.device)
         gain = torch.stack([ones if b.gain is None else b.gain for b in branches])
     return Branches(layer, down.to(dtype), up.to(dtype), gain)
 

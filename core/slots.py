@@ -59,8 +59,8 @@ class WeightSlot(Slot):
             if not groups(active.per_sample, self.known()):
                 return self.layer.stored
             raise AdaptError(
-                f"{self.path}.{self.layer.parameter} is read outside the call of the layer that"
-                " owns it, where one name per sample cannot act"
+                f"{self.path}.{self.layer.parameter}".lstrip(".") + " is read outside the call of"
+                " the layer that owns it, where one name per sample cannot act"
             )
         names = tuple(self.acting(active))
         if not names:

@@ -26,7 +26,8 @@ Part = tuple[Branches, Tensor]  # the branches of all sets, and which sets have 
 class Stack:
     """Copies of the factors of several frozen sets. Made by `stack`.
 
-    Attaching, loading or changing a set later does not change the copies: stack again.
+    Attaching, loading or changing a set later, or the weights that DoRA's gain is for, does not
+    change the copies: stack again.
     """
 
     def __init__(self, backbone: nn.Module, names: Sequence[str]) -> None:
@@ -46,7 +47,8 @@ class Stack:
             if name not in known:
                 raise AdaptError(f"the stack has no set {name!r}; it has {list(self.names)}")
         device = next(self.backbone.parameters()).device
-        return torch.tensor([known[name] for name in per_sample], device=device)
+        numbers = [known[name] for name in per_sample]
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
 
     @contextmanager
     def route(self, index: Tensor) -> Iterator[None]:
@@ -61,8 +63,20 @@ class Stack:
                 f"the index goes from {int(index.min())} to {int(index.max())};"
                 f" the stack has sets 0 to {len(self.names) - 1}, and -1 for none"
             )
-        with overriding(drawer_of(self.backbone), Active(routed=Routed(self.parts, index))):
+        drawer = drawer_of(self.backbone)
+        self._refuse_changed(drawer)
+        with overriding(drawer, Active(routed=Routed(self.parts, index))):
             yield
+
+    def _refuse_changed(self, drawer: Drawer) -> None:
+        """The copies act through the slots of the sets, on the weights that the sets were for."""
+        _refuse_merged(drawer)
+        for path, parts in self.parts.items():
+            if (path, None) not in drawer.slots:
+                raise AdaptError(f"no set is attached at {path} any more: stack again")
+            (now, then), *_ = [(b.layer.stored.dtype, b.down.dtype) for b, _ in parts]
+            if now != then:
+                raise AdaptError(f"{path} is {now} now, {then} when stacked: stack again")
 
 
 def stack(backbone: nn.Module, names: Sequence[str] | None = None) -> Stack:
@@ -89,10 +103,14 @@ def stack(backbone: nn.Module, names: Sequence[str] | None = None) -> Stack:
                 f"set {name!r} is trainable, and a stack is a copy that no gradient reaches:"
                 " freeze it (set.freeze()), or use activate(per_sample=...)"
             )
-    if drawer.merged is not None:
-        raise AdaptError(f"set {drawer.merged!r} is merged into the weights: unmerge it first")
+    _refuse_merged(drawer)
     with torch.no_grad():
         return Stack(backbone, chosen)
+
+
+def _refuse_merged(drawer: Drawer) -> None:
+    if drawer.merged is not None:
+        raise AdaptError(f"set {drawer.merged!r} is merged into the weights: unmerge it first")
 
 
 def _parts(slot: Slot, names: Sequence[str], drawer: Drawer) -> list[Part]:

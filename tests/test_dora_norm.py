@@ -137,6 +137,20 @@ def test_no_stale_norm_survives_training(fused: bool) -> None:
         optimiser.step()
 
 
+def test_no_norm_is_kept_between_a_forward_and_its_step() -> None:
+    adapter, layer, model, x = frozen_case()
+    optimiser = torch.optim.AdamW(adapter.parameters(), lr=0.1, fused=True)
+    loss = adapter.output(x, model(x), layer).square().sum()
+    with torch.no_grad():
+        adapter.output(x, model(x), layer)
+    loss.backward()
+    optimiser.step()
+    optimiser.zero_grad()
+    with torch.no_grad():
+        moved = adapter.output(x, model(x), layer)
+    torch.testing.assert_close(moved, expected(adapter, layer, x))
+
+
 def test_a_norm_kept_in_inference_mode_serves_in_training() -> None:
     adapter, layer, model, x = frozen_case()
     adapter.requires_grad_(False)

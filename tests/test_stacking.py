@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from polyadapt.core import (
     AdaptError,
@@ -112,6 +115,44 @@ def test_another_choice_written_into_the_index_is_seen() -> None:
         assert torch.equal(second, model(x))
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_forward_sees_the_index_of_its_first_run(reentrant: bool) -> None:
+    model: Any = resident(2, LoRA(rank=2))
+    model.act = partial(checkpoint, model.act, use_reentrant=reentrant)
+    stacked, grads = stack(model), list[Tensor]()
+    for later in (None, -1):
+        index, x = stacked.index(["s0", "s1", None, "s0"]), tokens().requires_grad_()
+        with stacked.route(index):
+            y = model(x)
+        if later is not None:
+            index.fill_(later)
+        y.square().sum().backward()
+        assert x.grad is not None
+        grads.append(x.grad)
+    assert torch.equal(grads[0], grads[1])
+
+
+def test_what_is_gathered_in_inference_mode_serves_in_training() -> None:
+    model, x = resident(2, LoRA(rank=2)), tokens().requires_grad_()
+    stacked = stack(model)
+    with stacked.route(stacked.index(["s0", "s1", None, "s0"])):
+        with torch.inference_mode():
+            wanted = model(x.detach()).clone()
+        y = model(x)
+        y.sum().backward()
+    assert torch.equal(y.detach(), wanted)
+    assert x.grad is not None
+
+
+def test_a_batch_may_be_empty() -> None:
+    model = resident(2, LoRA(rank=2))
+    stacked = stack(model)
+    with stacked.route(stacked.index([])):
+        assert len(model(tokens()[:0])) == 0
+    with stacked.route(stacked.index([])), pytest.raises(AdaptError, match="0 names were given"):
+        model(tokens())
+
+
 def test_a_stack_is_a_copy() -> None:
     model, x = resident(2, LoRA(rank=2)), tokens()
     stacked = stack(model)
@@ -171,6 +212,27 @@ def test_a_wrong_index_is_refused_before_anything_runs() -> None:
         stacked.backbone(tokens())
 
 
+def test_a_stack_that_cannot_act_any_more_is_refused() -> None:
+    model = resident(2, LoRA(rank=2))
+    stacked = stack(model)
+    index, sets = stacked.index(["s0"] * BATCH), sets_of(model)
+
+    def refused(message: str) -> None:
+        with pytest.raises(AdaptError, match=message), stacked.route(index):
+            pass
+
+    sets["s0"].merge()
+    refused("'s0' is merged into the weights: unmerge it first")
+    sets["s0"].unmerge()
+    model.to(torch.bfloat16)
+    refused("layer is torch.bfloat16 now, torch.float32 when stacked: stack again")
+    model.to(torch.float32)
+    attach(model, LoRA(rank=1), at="front", name="elsewhere")
+    for adapters in sets.values():
+        adapters.detach()
+    refused("no set is attached at layer any more: stack again")
+
+
 # Gathered factors
 
 
@@ -221,6 +283,55 @@ def test_a_factor_written_within_an_activation_is_seen(data: bool) -> None:
     with torch.no_grad(), activate(model, None):
         assert torch.equal(after, model(x))
         assert not torch.equal(before, after)
+
+
+def test_a_factor_that_an_optimiser_wrote_within_an_activation_is_seen() -> None:
+    """A fused optimiser raises no versions."""
+    model, x = resident(2, LoRA(rank=2)), tokens()
+    adapters = sets_of(model)["s0"]
+    adapters.trainable = True
+    optimiser = torch.optim.AdamW(adapters.parameters(), lr=0.1, fused=True)
+    with activate(model, per_sample=["s0"] * BATCH):
+        with torch.no_grad():
+            model(x)
+        model(x).square().sum().backward()
+        optimiser.step()
+        with torch.no_grad():
+            after = model(x)
+        assert torch.equal(after, model(x))
+
+
+@pytest.mark.parametrize("recipe", [LoRA(rank=3, alpha=1), DoRA(rank=3, alpha=1)], ids=str)
+def test_scales_keep_the_precision_of_the_factors(recipe: Recipe) -> None:
+    model, x = resident(2, recipe).double(), tokens().double()
+    for adapters in sets_of(model).values():
+        for parameter in adapters.parameters():
+            parameter.data = parameter.data.double()
+    names, before = ["s0", "s1", "s0", "s1"], torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.no_grad(), activate(model, per_sample=names):
+            mixed = model(x)
+    finally:
+        torch.set_default_dtype(before)
+    for n, name in enumerate(names):
+        with torch.no_grad(), activate(model, name):
+            assert torch.allclose(model(x)[n], mixed[n], rtol=0, atol=1e-12)
+
+
+def test_a_layer_that_casts_its_weight_takes_a_mixed_batch() -> None:
+    """Whisper's do, for half inputs."""
+    from whisper.model import Linear
+
+    model, x = nn.Sequential(Linear(8, 8)), torch.randn(4, 3, 8).bfloat16()
+    for seed, recipe in enumerate((LoRA(rank=2), DoRA(rank=2))):
+        stir(attach(model, recipe, at="0", name=f"s{seed}"), seed).freeze()
+    names = ["s1", None, "s0", "s1"]
+    with torch.no_grad(), activate(model, per_sample=names):
+        mixed = model(x)
+    for n, name in enumerate(names):
+        with torch.no_grad(), activate(model, name):
+            torch.testing.assert_close(model(x)[n], mixed[n], rtol=0.02, atol=0.02)
 
 
 def test_a_set_put_in_the_place_of_another_within_an_activation_is_seen() -> None:

@@ -58,6 +58,7 @@ class DoRAAdapter(PairAdapter):
         norm = row_norm(w0, pair.A.to(w0.device), pair.B.to(w0.device), pair.scale)
         self.m = nn.Parameter(norm.to(torch.float32))  # by the same code as n: m / n is exactly 1
         self._cached: _Cached | None = None
+        self._in_training = False  # a forward with grad since the last `after_step`
 
     def weight(self, w: Tensor) -> Tensor:
         """diag(m / n) (W + s B A) for the frozen W."""
@@ -102,8 +103,10 @@ class DoRAAdapter(PairAdapter):
         Not kept while the factors train: an optimiser may write without raising a tensor's version
         (torch's AdamW(fused=True) does), and a stale n would be silently wrong.
         """
-        if torch.is_grad_enabled() and (self.A.requires_grad or self.B.requires_grad):
+        trains = self.A.requires_grad or self.B.requires_grad
+        if trains and (self._in_training or torch.is_grad_enabled()):
             self.invalidate()
+            self._in_training = True  # a step may follow any time: nothing is kept before it
             return row_norm(layer.matrix(), self.A, self.B, self.scale)
         read = (layer.stored, self.A, self.B)
         if _traced() or any(t.is_inference() for t in read):  # no versions to compare
@@ -126,6 +129,7 @@ class DoRAAdapter(PairAdapter):
     def after_step(self, step: int, total: int | None) -> None:
         """The factors have moved."""
         self.invalidate()
+        self._in_training = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}
