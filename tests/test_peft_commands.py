@@ -159,6 +159,8 @@ def test_bad_words_are_one_line_and_code_2(
         (("import", folder, "--model", "no_such:f", "--out", out), "cannot import no_such"),
         (("import", folder, "--model", "torch.nn:f", "--out", out), "has no function 'f'"),
         (("import", folder, "--model", "builtins:dict", "--out", out), "not a torch module"),
+        (("import", folder, "--model", "torch.nn:Linear", "--out", out), "without arguments: "),
+        (("import", folder, "--model", ".nested:f", "--out", out), "package.module:function"),
         (("import", folder, "--model", "timm:vit", "--out", out), "needs --weights"),
         (("import", folder, "--model", "torch.nn:Identity", "--out", out), "Identity"),
         (("import", double, "--model", MODEL, "--out", out), "fp64"),

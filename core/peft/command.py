@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,17 @@ def _timm(model: str, weights: Path | None) -> object:
 
 def _called(model: str) -> object:
     module, colon, function = model.partition(":")
-    if not (module and colon and function):
+    if not (module and colon and function) or module.startswith("."):
         raise AdaptError(f"--model {model!r} is no model: timm:NAME or package.module:function")
     make: Callable[[], object] | None = getattr(_module(module, model), function, None)
     if not callable(make):
         raise AdaptError(f"--model {model}: {module} has no function {function!r}")
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise AdaptError(f"--model {model} cannot be called without arguments: {error}") from error
+    except ValueError:  # it has no signature to look at
+        pass
     return make()
 
 
