@@ -33,8 +33,9 @@ class VPT(Recipe):
 
     Deep (VPT-deep): every block of a list `blocks` has prompts of its own, 12 p d numbers on ViT-B.
     deep=False (VPT-shallow): they enter once, before the first block, and leave after the last: p d
-    numbers at the site `blocks`, which must be called as one (nn.Sequential; timm's gradient
-    checkpointing calls the blocks one by one, and then nothing acts). P is uniform in +-v with
+    numbers at the site `blocks`, which must be called as one (nn.Sequential). timm's gradient
+    checkpointing, refused when it is on, and `forward_intermediates` call the blocks one by one,
+    and then nothing acts. P is uniform in +-v with
     v = sqrt(6 / (3 s^2 + d)) for patches of s = `patch_size` pixels. Neither mergeable nor the
     frozen backbone at the start: attention is shared with the prompts.
 
@@ -98,6 +99,13 @@ class VPT(Recipe):
                 " prompts have none"
             )
         for site in sites:
+            listed = isinstance(model.get_submodule(site.path), nn.Sequential)
+            if listed and getattr(model, "grad_checkpointing", False):
+                raise SiteError(
+                    f"VPT: {type(model).__name__} checkpoints its blocks one by one and never calls"
+                    f" {site.name}: use deep=True, or recompute='cheap' in place of"
+                    " set_grad_checkpointing"
+                )
             with _untouched(model):
                 reason = _unfit(model.get_submodule(site.path), site.shape[0])
             if reason is not None:
