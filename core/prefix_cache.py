@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -76,9 +76,26 @@ class PrefixCache:
         """Forget all states."""
         self._places, self._states, self._known = {}, torch.empty(0), ()
 
+    @property
+    def full(self) -> bool:
+        """Whether nothing more will be kept: all samples are, or the bound is reached."""
+        return bool(self._places) and len(self._places) == len(self._states)
+
+    def fill(self, images: Tensor, keys: Tensor | Sequence[int]) -> None:
+        """Compute and keep states without the rest of the backbone.
+
+        States that were filled in an order and in batches of one's own do not depend, by rounding,
+        on the batches that they are asked for in later.
+        """
+        self._entering(images, self._checked(images, keys))
+
     def __call__(self, images: Tensor, keys: Tensor | Sequence[int]) -> Tensor:
         """backbone(images), the sample of each image given by its key."""
-        numbers = [int(key) for key in keys]
+        return self._rest(self._entering(images, self._checked(images, keys)))
+
+    def _checked(self, images: Tensor, keys: Tensor | Sequence[int]) -> list[int]:
+        """The keys as numbers, if they fit the images, and the sets still fit the cache."""
+        numbers = keys.tolist() if isinstance(keys, Tensor) else list(keys)
         require(len(numbers) == len(images), f"{len(numbers)} keys for {len(images)} images")
         wrong = [key for key in numbers if not 0 <= key < self.samples]
         require(not wrong, f"key {wrong[:1]} is not one of the {self.samples} samples")
@@ -88,7 +105,7 @@ class PrefixCache:
             f"block {found} was adapted after this cache was made for block {self.first} and later:"
             " make a new one",
         )
-        return self._rest(self._entering(images, numbers))
+        return numbers
 
     def _entering(self, images: Tensor, keys: Sequence[int]) -> Tensor:
         """The states that enter block `first`, those that are missing computed and kept."""
@@ -141,12 +158,21 @@ class PrefixCache:
         model = self.backbone
         with torch.no_grad():
             x = model.patch_drop(model._pos_embed(model.patch_embed(images)))  # type: ignore[operator]
-            return model.blocks[: self.first](model.norm_pre(x))  # type: ignore[index, operator, no-any-return]
+            x = model.norm_pre(x)  # type: ignore[operator]
+            return self._through(range(self.first), x)
 
     def _rest(self, states: Tensor) -> Tensor:
         model = self.backbone
-        x = model.norm(model.blocks[self.first :](states))  # type: ignore[index, operator]
-        return model.forward_head(x)  # type: ignore[operator, no-any-return]
+        if self.first == 0:  # a set may act on the list of blocks as a whole
+            x = model.blocks(states)  # type: ignore[operator]
+        else:
+            x = self._through(range(self.first, len(model.blocks)), states)  # type: ignore[arg-type]
+        return model.forward_head(model.norm(x))  # type: ignore[operator, no-any-return]
+
+    def _through(self, numbers: Iterable[int], x: Tensor) -> Tensor:
+        for number in numbers:
+            x = self.backbone.blocks[number](x)  # type: ignore[index, operator]
+        return x
 
     def _fingerprint(self, images: Tensor) -> tuple[object, ...]:
         """What the states depend on besides the samples."""
@@ -189,7 +215,8 @@ def _first_adapted(backbone: nn.Module) -> int:
 
 def _prefix(backbone: nn.Module, first: int) -> list[nn.Module]:
     above = [backbone.patch_embed, backbone.pos_drop, backbone.patch_drop, backbone.norm_pre]
-    return [*above, *backbone.blocks[:first]]  # type: ignore[index, list-item]
+    blocks = list(backbone.blocks)[:first]  # type: ignore[arg-type]
+    return [*above, *blocks]
 
 
 def _require_repeatable(prefix: Sequence[nn.Module]) -> None:

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from polyadapt.core import AdaptError, FullFineTuning, LoRA, PrefixCache, attach
+from polyadapt.core import VPT, AdaptError, FullFineTuning, LoRA, PrefixCache, attach
 from polyadapt.core.order import epoch_loader
 from polyadapt.tests.test_training import Task
 from polyadapt.tests.test_training import vit as training_vit
@@ -116,6 +116,31 @@ def test_weights_behind_the_prefix_may_change() -> None:
         model.get_parameter("blocks.2.mlp.fc1.weight").mul_(2)
     assert torch.equal(cached(images, range(4)), model(images))
     assert embedded == [4]  # the backbone's own call
+
+
+def test_a_set_on_the_list_of_blocks_acts() -> None:
+    model, images = vit(), pictures()
+    frozen = model(images)
+    attach(model, VPT(prompts=2, deep=False))
+    wanted = model(images)
+    cached = PrefixCache(model, samples=4)
+    assert cached.first == 0
+    assert all(torch.equal(cached(images, range(4)), wanted) for _ in range(2))
+    assert not torch.allclose(frozen, wanted, atol=1e-3)
+
+
+def test_states_can_be_filled_before_and_the_rest_of_the_backbone_does_not_run() -> None:
+    model, images = adapted(), pictures()
+    wanted = model(images)
+    cached = PrefixCache(model, samples=4, max_bytes=3 * STATE)
+    embedded, ended = calls_of(model.patch_embed), calls_of(model.blocks[2])
+    full = []
+    for keys in ([0, 1], [2, 3]):
+        cached.fill(images[keys], keys)
+        full.append(cached.full)
+    assert (embedded, ended, full, len(cached)) == ([2, 2], [], [False, True], 3)
+    assert torch.allclose(cached(images, range(4)), wanted, atol=1e-6)
+    assert embedded == [2, 2, 1]
 
 
 class Cached(Task):
