@@ -20,6 +20,7 @@ from ..core.training import require_strategy
 from .backbones import BACKBONES, Backbone
 from .complaints import in_one_line
 from .data import ImageData
+from .frozen_prefix import require_fixed_images
 from .predict import describe
 from .run_folder import CONFIG, LAST, Measured, StartOfRun
 from .task import ImageClassification
@@ -107,6 +108,8 @@ class VisionCLI(LightningCLI):
             super().instantiate_classes()
         if self.set_file is not None:
             self.model = ImageClassification.from_file(self.set_file)
+        if self.verb == "fit" and self.model.cache_prefix != "none":  # before a file is written
+            require_fixed_images(self.datamodule, self.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self.config_init.trainer.callbacks or []

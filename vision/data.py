@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ..core.errors import AdaptError
 from ..core.order import EpochSampler
@@ -52,6 +52,21 @@ class Images(Dataset[tuple[Tensor, int]]):
         image = self.source.image(index)
         seen = vary(self.wants, image, self.augmentation, (self.seed, epoch, index))
         return seen, self.source.labels[index]
+
+
+class Numbered(Dataset[tuple[Tensor, int, int]]):
+    """Images, each with its number: the first one's is `first`."""
+
+    def __init__(self, images: Images, first: int) -> None:
+        self.images = images
+        self.first = first
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int, int]:
+        position = key if isinstance(key, int) else key[1]
+        return *self.images[key], self.first + position
 
 
 class EpochAndPosition(EpochSampler):
@@ -106,6 +121,7 @@ class ImageData(LightningDataModule, ABC):
         self.augmentation: Augmentation = augmentation
         self.num_workers = num_workers
         self.preprocessing: Preprocessing | None = None
+        self.numbered = False  # whether batches for training and validation bring their numbers
         self.classes: tuple[str, ...] = ()
         self._parts: dict[str, tuple[Source, list[int]]] = {}
 
@@ -153,13 +169,25 @@ class ImageData(LightningDataModule, ABC):
         how = self.augmentation if part == "train" else "none"
         return Images(source, indices, self.preprocessing, how, self.seed)
 
+    def numbered_images(self) -> ConcatDataset[tuple[Tensor, int, int]]:
+        """The training images and then the validation images, in order, numbered from 0."""
+        train = self.images("train")
+        val = Numbered(self.images("val"), first=len(train))
+        return ConcatDataset([Numbered(train, first=0), val])
+
+    def _batched(self, part: str) -> Images | Numbered:
+        images = self.images(part)
+        if not self.numbered:
+            return images
+        return Numbered(images, first=0 if part == "train" else len(self.images("train")))
+
     def train_dataloader(self) -> DataLoader[Any]:
-        images = self.images("train")
+        images = self._batched("train")
         order = EpochAndPosition(len(images), self.seed)
         return self._loader(images, sampler=order, generator=order.generator)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        images = self.images("val")
+        images = self._batched("val")
         return self._loader(images) if len(images) else []
 
     def test_dataloader(self) -> DataLoader[Any]:
@@ -168,7 +196,7 @@ class ImageData(LightningDataModule, ABC):
             raise AdaptError("there is no test part: add one, or set test_share above 0")
         return self._loader(images)
 
-    def _loader(self, images: Images, **order: Any) -> DataLoader[Any]:
+    def _loader(self, images: Images | Numbered, **order: Any) -> DataLoader[Any]:
         return DataLoader(images, self.batch_size, num_workers=self.num_workers, **order)
 
 

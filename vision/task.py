@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
 from torch import Generator, Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
@@ -18,15 +21,18 @@ from torchmetrics.classification import (
 from ..core.adapters.head_only import HeadOnly
 from ..core.adapters.mosa import symmetric_kl
 from ..core.errors import AdaptError
+from ..core.prefix_cache import PrefixCache
 from ..core.recipe import Recipe
+from ..core.run_files import RunFiles
 from ..core.store import load
 from ..core.training import AdaptedModule
 from .backbones import Backbone, feature_width
 from .data import ImageData
+from .frozen_prefix import Keep, fill, require_fixed_images
 from .predict import TASK, describe
 from .preprocessing import Mode, Preprocessing
 
-Batch = tuple[Tensor, Tensor]
+Batch = Sequence[Tensor]  # images, labels and, with `cache_prefix`, the images' numbers
 
 
 class ImageClassification(AdaptedModule):
@@ -41,6 +47,11 @@ class ImageClassification(AdaptedModule):
     one of VTAB-1k's (see `Preprocessing.in_mode`), or settings of your own. `classes` are the
     data's unless given. The other settings are `AdaptedModule`'s. Class names, preprocessing and
     backbone travel in the adapter file.
+
+    `cache_prefix` computes the states of training and validation images that enter the first
+    adapted block once, before training, and keeps up to `cache_bytes` of them in memory or on disk
+    (in the run's folder, unnamed: gone with the run); see `PrefixCache`. Results are the same up to
+    rounding. `AdaptError` for random augmentation, several processes and what cannot be kept.
 
     >>> from polyadapt.core import LoRA
     >>> from polyadapt.vision.backbones import TimmBackbone
@@ -63,11 +74,21 @@ class ImageClassification(AdaptedModule):
         preprocessing: Mode | Preprocessing = "backbone",
         label_smoothing: float = 0.0,
         classes: list[str] | None = None,
+        cache_prefix: Keep = "none",
+        cache_bytes: int = 2 << 30,
         **training: Any,
     ) -> None:
         if not 0 <= label_smoothing < 1:
             raise AdaptError(f"label_smoothing={label_smoothing} is not allowed: 0 to below 1")
+        if cache_prefix not in get_args(Keep):
+            allowed = ", ".join(get_args(Keep))
+            raise AdaptError(f"cache_prefix={cache_prefix!r} is not allowed: {allowed}")
         super().__init__(backbone.build(), adapter, at, **training)
+        if cache_prefix != "none":  # refuses a backbone whose prefix it cannot keep
+            PrefixCache(self.backbone, samples=1)
+        self.cache_prefix = cache_prefix
+        self.cache_bytes = cache_bytes
+        self._cache: PrefixCache | None = None
         self.spec = backbone
         own = backbone.preprocessing(self.backbone)
         self.preprocessing = (
@@ -97,6 +118,9 @@ class ImageClassification(AdaptedModule):
     def setup(self, stage: str) -> None:
         """Take the class names from the data, and tell the data what the backbone wants."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        keeps = stage == "fit" and self.cache_prefix != "none"
+        if keeps:
+            require_fixed_images(data, self.trainer)
         if not isinstance(data, ImageData):
             return
         if not self.classes:
@@ -104,6 +128,24 @@ class ImageClassification(AdaptedModule):
         if data.classes != self.classes:
             raise AdaptError(f"the head knows {self.classes}, the data has {data.classes}")
         data.preprocessing = self.preprocessing
+        data.numbered = keeps
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.cache_prefix == "none":
+            return
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        samples = len(data.numbered_images())
+        folder = _folder_of(self.trainer) if self.cache_prefix == "disk" else None
+        self._cache = PrefixCache(self.backbone, samples, max_bytes=self.cache_bytes, folder=folder)
+        few = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not few:  # else a trial of a few batches would begin with all images
+            fill(self._cache, data, self.trainer)
+
+    def teardown(self, stage: str) -> None:
+        self._cache = None
+        if isinstance(data := self.trainer.datamodule, ImageData):  # type: ignore[attr-defined]
+            data.numbered = False
 
     def name_classes(self, classes: list[str] | tuple[str, ...]) -> None:
         """Make the head and the metrics for these classes."""
@@ -125,12 +167,19 @@ class ImageClassification(AdaptedModule):
         logits: Tensor = self.head(self.backbone(images))
         return logits
 
+    def _logits(self, batch: Batch) -> Tensor:
+        images, _, *numbers = batch
+        if self._cache is None or not numbers:
+            logits: Tensor = self(images)
+        else:
+            logits = self.head(self._cache(images, numbers[0]))
+        return logits
+
     def training_loss(self, batch: Batch) -> Tensor:
-        images, labels = batch
-        logits = self(images)
+        logits, labels = self._logits(batch), batch[1]
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         if self.consistency > 0:
-            loss = loss + self.consistency * symmetric_kl(logits, self(images))
+            loss = loss + self.consistency * symmetric_kl(logits, self._logits(batch))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -141,8 +190,7 @@ class ImageClassification(AdaptedModule):
 
     def _measure(self, part: str, batch: Batch) -> Tensor:
         """Log a batch's metrics; its predicted classes are returned for the confusion matrix."""
-        images, labels = batch
-        logits = self(images)
+        logits, labels = self._logits(batch), batch[1]
         metrics = self.metrics[part]
         assert isinstance(metrics, MetricCollection)
         metrics.update(logits.softmax(-1), labels)
@@ -165,6 +213,12 @@ def _fresh_head(width: int, classes: int) -> nn.Linear:
         head.weight.uniform_(-(width**-0.5), width**-0.5, generator=own)
         head.bias.zero_()
     return head
+
+
+def _folder_of(trainer: Trainer) -> Path:
+    """Where the run writes its files, else the system's temporary folder."""
+    runs = [callback.folder for callback in trainer.callbacks if isinstance(callback, RunFiles)]  # type: ignore[attr-defined]
+    return runs[0] if runs and runs[0].is_dir() else Path(tempfile.gettempdir())
 
 
 def _metrics(part: str, classes: int) -> MetricCollection:
