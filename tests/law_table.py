@@ -46,7 +46,7 @@ MATRICES = tuple(name for name in LAYERS if name not in (*VECTORS, *BLOCKS, *ATT
 LINEAR = tuple(name for name in MATRICES if "linear" in name or "Conv1D" in name)
 LINEAR = tuple(name for name in LINEAR if name != "linear that is read")
 WHOLE_LINEAR = (*(name for name in LINEAR if "rows" not in name), "linear that is read")
-
+TYPICAL = ("rows of a linear", "conv2d", "in_proj of attention", "embedding", "block", "norm")
 
 Count = Callable[[Site], int]
 
@@ -197,6 +197,11 @@ class Cell:
     @property
     def identity(self) -> bool:
         return self.row.recipe.identity
+
+    @property
+    def typical(self) -> bool:
+        """It is tried in fast runs: each adapter class at the layer kinds that differ most."""
+        return self.layer in TYPICAL and not self.row.like
 
     @property
     def acts(self) -> bool:

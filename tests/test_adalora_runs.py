@@ -15,6 +15,8 @@ from polyadapt.core.adapters.adalora import as_lora, ranks
 from polyadapt.core.errors import StoreError
 from polyadapt.tests.adalora_cases import adalora, chain, train
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def test_a_target_equal_to_the_start_prunes_nothing() -> None:
     model = chain()

@@ -36,7 +36,14 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize(
     "kind", ["deepcopy", *(pytest.param(k, marks=pytest.mark.slow) for k in [*COPIES][1:])]
 )
-@pytest.mark.parametrize("cell", [c for c in CELLS if c.acts and not c.row.like], ids=str)
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(c, marks=[] if c.typical else [pytest.mark.slow], id=str(c))
+        for c in CELLS
+        if c.acts and not c.row.like
+    ],
+)
 def test_a_copy_has_the_same_bits_and_a_life_of_its_own(cell: Cell, kind: str) -> None:
     model, x = cell.model(), cell.inputs()
     cell.adapted(model, "a", seed=1)

@@ -19,9 +19,9 @@ from polyadapt.tests.law_table import CELLS, Cell, outputs_after_loading, stir
 
 
 def _each(cells: Sequence[Cell]) -> pytest.MarkDecorator:
-    """Every cell; in fast runs those that another row's class stands for are left out."""
-    marks = {True: [pytest.mark.slow], False: []}
-    params = [pytest.param(c, marks=marks[bool(c.row.like)], id=str(c)) for c in cells]
+    """Every cell; fast runs have the typical ones."""
+    marks = {True: [], False: [pytest.mark.slow]}
+    params = [pytest.param(c, marks=marks[c.typical], id=str(c)) for c in cells]
     return pytest.mark.parametrize("cell", params)
 
 
@@ -277,6 +277,7 @@ def reloaded(saved: Path) -> dict[str, Tensor]:
     return outputs
 
 
+@pytest.mark.slow
 @by_cell
 def test_a_fresh_process_gives_the_same_bits_from_the_file(
     cell: Cell, saved: Path, reloaded: dict[str, Tensor]
@@ -284,6 +285,7 @@ def test_a_fresh_process_gives_the_same_bits_from_the_file(
     assert torch.equal(reloaded[str(cell)], torch.load(saved / "saved.pt")[str(cell)])
 
 
+@pytest.mark.slow
 def test_loading_moves_no_random_number(saved: Path) -> None:
     before = torch.get_rng_state()
     outputs_after_loading(saved)

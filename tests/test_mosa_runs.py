@@ -17,6 +17,9 @@ from polyadapt.core import AdapterSet, Bottleneck, MoSA, Site, attach, load
 from polyadapt.core.adapters.mosa import MoSAAdapter
 from polyadapt.core.layers import BlockLayer
 
+pytestmark = pytest.mark.slow  # whole runs
+
+
 HERE = BlockLayer(nn.Identity(), None)
 
 

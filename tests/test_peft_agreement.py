@@ -23,6 +23,9 @@ from polyadapt.tests.peft_cases import (
     wrapped,
 )
 
+pytestmark = pytest.mark.slow  # whole runs
+
+
 # whisper's own layer norm computes in fp32, whatever its weights are
 DTYPES = [
     (name, dtype)

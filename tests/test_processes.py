@@ -21,6 +21,9 @@ from polyadapt.core.training import require_strategy
 from polyadapt.tests.test_training import QKV, Task
 from polyadapt.tests.vision_cases import CODE, configuration, save_labelled, write
 
+pytestmark = pytest.mark.slow  # whole runs
+
+
 TWO = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.batch_size", "6"]
 # Measured: 1.3e-7 after 9 steps of AdamW, on tensors of at most 0.14.
 BOUND = 1e-6

@@ -27,7 +27,10 @@ from polyadapt.core.order import epoch_loader
 from polyadapt.core.run_files import RunFiles
 from polyadapt.core.training import AdaptedModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+pytestmark = [
+    pytest.mark.slow,  # whole runs
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+]
 
 
 class Task(AdaptedModule):

@@ -20,6 +20,9 @@ from polyadapt.core.layers import BlockLayer
 from polyadapt.tests.vision_cases import Ran, configuration, save_labelled, write
 from polyadapt.vision.sweep_rank import elbow, good_enough
 
+pytestmark = pytest.mark.slow  # whole runs
+
+
 ADAPTER = {"class_path": "AdapterTune", "init_args": {"rank": 3}}
 
 

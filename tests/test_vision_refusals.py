@@ -190,6 +190,7 @@ def test_an_unreadable_training_image_is_named(run: Run, workers: int) -> None:
     assert not Path("runs/a/adapter.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_an_unreadable_training_image_is_skipped_on_request() -> None:
     data = image_folders()
     data["init_args"]["on_unreadable"] = "skip"

@@ -30,6 +30,9 @@ from polyadapt.vision.vtab_tasks import (
     tasks_in,
 )
 
+pytestmark = pytest.mark.slow  # whole runs
+
+
 KITTI = next(task for task in TASKS if task.name == "kitti")
 CAMELYON = next(task for task in TASKS if task.name == "patch_camelyon")
 
