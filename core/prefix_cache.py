@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,7 +35,8 @@ class PrefixCache:
     States are thrown away when the prefix's tensors were replaced or written to (by torch, not by
     `.data`), or the input's size, dtype or device changes. Raises `AdaptError` for another
     backbone, an adapted embedding, dropout or running statistics in the prefix, keys out of range,
-    a bound without room for one state, and when a set was attached to an earlier block.
+    a bound without room for one state, states for which memory or disk has no room, and when a set
+    was attached to an earlier block.
 
     >>> from timm.models.vision_transformer import VisionTransformer
     >>> from polyadapt.core import LoRA, PrefixCache, attach
@@ -140,12 +142,19 @@ class PrefixCache:
         number = min(self.samples, self.max_bytes // states[0].nbytes)
         require(
             number > 0,
-            f"max_bytes={self.max_bytes} holds no state: one is {states[0].nbytes} bytes",
+            f"a bound of {self.max_bytes} bytes holds no state: one is {states[0].nbytes} bytes",
         )
         shape, total = [number, *states.shape[1:]], number * states[0].numel()
+        taken = f"the states of {number} samples take {number * states[0].nbytes} bytes"
         if self.folder is None:
-            return torch.empty(shape, dtype=states.dtype)
+            try:
+                return torch.empty(shape, dtype=states.dtype)
+            except RuntimeError as error:
+                raise AdaptError(f"{taken}, more than the memory has: lower the bound") from error
         try:
+            # A disk that is full would end the process when a page is written.
+            free = shutil.disk_usage(self.folder).free
+            require(number * states[0].nbytes <= free, f"{taken}, {self.folder} has {free} free")
             handle, path = tempfile.mkstemp(dir=self.folder, prefix="prefix-")
         except OSError as error:
             raise AdaptError(f"cannot write into {self.folder}: {error.strerror}") from error

@@ -18,6 +18,7 @@ from polyadapt.core.order import epoch_loader
 from polyadapt.tests.test_training import Task
 from polyadapt.tests.test_training import vit as training_vit
 
+HUGE = {"samples": 10**15, "max_bytes": 10**15 + 159}
 STATE = 5 * 8 * 4  # bytes: 4 patches and the class token, 8 numbers each, in single precision
 
 
@@ -236,10 +237,16 @@ def test_a_set_on_an_earlier_block_ends_the_cache() -> None:
         ([0, 1], {}, "2 keys for 4 images"),
         ([0, 1, 2, 4], {}, r"key \[4\] is not one of the 4 samples"),
         ([0, 1, 2, -1], {}, r"key \[-1\] is not one of the 4 samples"),
-        ([0, 1, 2, 3], {"max_bytes": STATE - 1}, "max_bytes=159 holds no state: one is 160 bytes"),
+        (
+            [0, 1, 2, 3],
+            {"max_bytes": STATE - 1},
+            "a bound of 159 bytes holds no state: one is 160 b",
+        ),
         ([0, 1, 2, 3], {"folder": "gone"}, "cannot write into gone: No such file"),
+        ([0, 1, 2, 3], HUGE, "1000000000000000 bytes, more than the memory has: lower the bound"),
+        ([0, 1, 2, 3], {"folder": ".", **HUGE}, r"1000000000000000 bytes, \. has \d+ free"),
     ],
 )
 def test_bad_requests_are_one_line(keys: list[int], options: dict[str, Any], message: str) -> None:
     with pytest.raises(AdaptError, match=message):
-        PrefixCache(adapted(), samples=4, **options)(pictures(), keys)
+        PrefixCache(adapted(), **{"samples": 4, **options})(pictures(), keys)
