@@ -15,6 +15,7 @@ NAMES = (
     "attach_switch_save",
     "training_step",
     "recompute",
+    "cached_prefix",
     "dora",
     "mixed_batch",
     "combine",
