@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 class Routed:
     """A stack's factors by layer path, and the number of each sample's set [batch]."""
 
+    names: tuple[str, ...]
     parts: Mapping[str, Sequence[tuple[Branches, Tensor]]]
     index: Tensor
 
@@ -44,6 +45,11 @@ class Active:
     routed: Routed | None = None
     kept: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
     """By slot: what a mixed batch needs there, gathered once for all calls of the activation."""
+
+    def uses(self, name: str) -> bool:
+        """The set of that name may act."""
+        routed = () if self.routed is None else self.routed.names
+        return name in self.names or name in (self.per_sample or ()) or name in routed
 
     def held(self) -> Active:
         """What a forward that is recomputed asks: the index as it was, whatever it becomes."""
@@ -99,10 +105,12 @@ def activate(
 @contextmanager
 def overriding(drawer: Drawer, active: Active) -> Iterator[None]:
     """Within, and in this thread only: these sets instead of the default."""
-    token = _OVERRIDES.set((*_OVERRIDES.get(), (id(drawer), active)))
+    token, mine = _OVERRIDES.set((*_OVERRIDES.get(), (id(drawer), active))), object()
+    drawer.open[mine] = active
     try:
         yield
     finally:
+        drawer.open.pop(mine, None)
         _OVERRIDES.reset(token)
 
 
@@ -133,11 +141,6 @@ def current(drawer: Drawer) -> Active:
             return drawer.records.of(task)
     override = _last(_OVERRIDES.get(), drawer)
     return drawer.default if override is None else override
-
-
-def overridden(drawer: Drawer) -> bool:
-    """An `activate` of this thread is open on the backbone."""
-    return _last(_OVERRIDES.get(), drawer) is not None
 
 
 @contextmanager

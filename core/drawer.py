@@ -43,6 +43,7 @@ class Drawer(nn.Module):
         self.stamped: dict[str, Any] = {}
         self.trained = {n: p.requires_grad for n, p in own_parameters(backbone)}
         self.kept: dict[tuple[str, str], tuple[str, nn.Parameter]] = {}
+        self.open: dict[object, Active] = {}  # one per running `activate` of any thread
         self.awake: set[str] = set()  # sets whose parameters may require grad
         self.before_merge = Active()
         self.allow_cast = False
@@ -114,8 +115,11 @@ class Drawer(nn.Module):
             )
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "open": {}}  # a copy is in nobody's context
 
     def stamp(self, path: str) -> None:
         """Stamp the outputs of every module from the root to `path`, each once."""

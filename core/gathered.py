@@ -141,15 +141,14 @@ class Kept:
     marks: Sequence[tuple[int, int]]
     modes: Sequence[bool]
 
-    def fresh(self, adapters: Mapping[str, Sequence[Piece]]) -> bool:
-        """Same adapters, same mode, no tensor written since (by version, and by memory).
+    def fresh(self) -> bool:
+        """Same mode, no tensor written since (by version, and by memory).
 
         Never while a factor trains: an optimiser may write without raising a tensor's version
         (torch's AdamW(fused=True) does).
         """
         return (
             not any(t.requires_grad for t in self.read)
-            and all(adapters.get(name) is piece for name, piece in self.pieces.items())
             and self.modes == _modes(self.pieces)
             and self.marks == _marks(self.read)
         )

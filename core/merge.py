@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .activation import Active, overridden
+from .activation import Active
 from .drawer import drawer_of
 from .errors import AdaptError
 from .kinds import layer_at
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 def merge(adapter_set: AdapterSet) -> None:
     """W0 -> W' in new parameters; the old are kept. Methods without a weight form are refused."""
     drawer = drawer_of(adapter_set.backbone)
-    if overridden(drawer):
+    if drawer.open:
         raise AdaptError(
-            f"set {adapter_set.name!r} cannot be merged inside `activate`, which promises other"
-            " weights: leave the context first"
+            f"set {adapter_set.name!r} cannot be merged while a context (`activate`, `route`)"
+            " promises other weights, in whatever thread: leave the context first"
         )
     if not adapter_set.sites:
         method = type(adapter_set.recipe).__name__

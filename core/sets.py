@@ -226,6 +226,11 @@ def detach(adapter_set: AdapterSet) -> None:
     """Take one set out of its backbone."""
     backbone = adapter_set.backbone
     drawer: Drawer = adapter_set.__dict__["drawer"]
+    if any(active.uses(adapter_set.name) for active in list(drawer.open.values())):
+        raise AdaptError(
+            f"set {adapter_set.name!r} cannot be detached while a context (`activate`, `route`)"
+            " promises that it acts: leave the context first"
+        )
     if drawer.merged == adapter_set.name:
         adapter_set.unmerge()
     unwire(drawer, adapter_set)

@@ -168,7 +168,7 @@ class OutputSlot(Slot):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return choose(self.adapters, groups(names, self.known()), len(names))
         kept = active.kept.get(id(self))
-        if kept is None or not kept.fresh(self.adapters):
+        if kept is None or not kept.fresh():
             samples = groups(names, self.known())
             kept = keep(choose(self.adapters, samples, len(names)), self.adapters, samples)
             active.kept[id(self)] = kept

@@ -65,7 +65,7 @@ class Stack:
             )
         drawer = drawer_of(self.backbone)
         self._refuse_changed(drawer)
-        with overriding(drawer, Active(routed=Routed(self.parts, index))):
+        with overriding(drawer, Active(routed=Routed(self.names, self.parts, index))):
             yield
 
     def _refuse_changed(self, drawer: Drawer) -> None:

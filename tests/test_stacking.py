@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -334,15 +336,32 @@ def test_a_layer_that_casts_its_weight_takes_a_mixed_batch() -> None:
             torch.testing.assert_close(model(x)[n], mixed[n], rtol=0.02, atol=0.02)
 
 
-def test_a_set_put_in_the_place_of_another_within_an_activation_is_seen() -> None:
-    model, x = resident(2, LoRA(rank=2)), tokens()
-    with torch.no_grad(), activate(model, per_sample=["s0"] * BATCH):
-        model(x)
-        sets_of(model)["s0"].detach()
-        attach(model, LoRA(rank=2), at="layer", name="s0").freeze()
-        fresh = model(x)
-    with torch.no_grad(), activate(model, None):
-        assert torch.equal(fresh, model(x))
+@pytest.mark.parametrize("kind", ["names", "per sample", "routed"])
+def test_a_set_that_a_context_promises_is_neither_detached_nor_merged(kind: str) -> None:
+    model = resident(2, LoRA(rank=2))
+    adapters, served = sets_of(model)["s0"], stack(model)
+    contexts = {
+        "names": activate(model, ["s0", "s1"]),
+        "per sample": activate(model, per_sample=["s0", None]),
+        "routed": served.route(served.index([None])),
+    }
+    with contexts[kind], ThreadPoolExecutor(1) as other_thread:
+        for verb in (adapters.detach, adapters.merge):
+            with pytest.raises(AdaptError, match="leave the context first"):
+                verb()
+            with pytest.raises(AdaptError, match="leave the context first"):
+                other_thread.submit(verb).result()
+        attach(model, LoRA(rank=2), at="layer", name="idle").detach()
+    adapters.merge()
+    adapters.unmerge()
+    adapters.detach()
+
+
+def test_a_copy_made_within_a_context_is_in_none() -> None:
+    model = resident(1, LoRA(rank=2))
+    with activate(model, "s0"):
+        twin = copy.deepcopy(model)
+        sets_of(twin)["s0"].detach()
 
 
 def test_dropout_acts_in_a_mixed_batch_under_training() -> None:
