@@ -44,7 +44,7 @@ class AdaptedModule(LightningModule, ABC):
     a run resumed from the end of an epoch continues bit for bit. Several processes (strategy "ddp")
     train as one does on their batches together, up to rounding. Raises `AdaptError` for settings
     out of range, another strategy, a loss or gradient that is not finite, adapters that do not act
-    (when `at` was given), a checkpoint that does not fit.
+    (of a method's own sites, when none does), a checkpoint that does not fit.
 
     >>> class Task(AdaptedModule):
     ...     def training_loss(self, batch):
@@ -81,7 +81,8 @@ class AdaptedModule(LightningModule, ABC):
         generator = None if seed is None else Generator().manual_seed(seed)
         attach(backbone, adapter, at, set_name, generator=generator)
         recomputing(backbone, recompute)
-        self._unproven = at is not None
+        self._unproven = True
+        self._chosen = at is not None
         self._total: int | None = None
         self._trained: dict[str, nn.Parameter] = {}
         self._peaks: tuple[list[str], Tensor] | None = None
@@ -289,7 +290,10 @@ class AdaptedModule(LightningModule, ABC):
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def _prove(self) -> None:
-        """Every adapter must have received a gradient from the first batch."""
+        """Every adapter must have received a gradient from the first batch.
+
+        Of a method's own sites some: there may be biases or norms that this model does not use.
+        """
         gradients = {id(p): p.grad for p in self.adapters.parameters()}
         found = [g for g in gradients.values() if g is not None]
         if not all(bool(g.isfinite().all()) for g in found):
@@ -297,6 +301,8 @@ class AdaptedModule(LightningModule, ABC):
         if found and self.trainer.global_step == 0 and not any(bool(g.any()) for g in found):
             return  # a head that starts at zero hides all adapters, for one step
         self._unproven = False
+        if not gradients or (not self._chosen and any(bool(g.any()) for g in found)):
+            return
         try:
             check_gradients(self.adapters, gradients)
         except SiteError as error:

@@ -19,7 +19,9 @@ MEASURED = {"val": "validation", "test": "test"}
 def main(argv: list[str]) -> int:
     """Fit every rank with every seed, print and write table and picture; finished fits are kept."""
     asked = _parser().parse_args(argv)
-    points = [(rank, seed) for seed in asked.seeds for rank in asked.ranks]
+    # The largest first: one that does not fit is refused before the others are trained.
+    ranks = sorted(asked.ranks, reverse=True)
+    points = [(rank, seed) for seed in asked.seeds for rank in ranks]
     fits = [rank_fit(asked.config, rank, seed, asked.out, asked.part) for rank, seed in points]
     _write(asked.out, records_of(fits))
     return 0
