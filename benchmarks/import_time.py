@@ -35,7 +35,7 @@ def fresh(statement: str) -> tuple[float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     print(machine("peft"))
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in STATEMENTS}

@@ -75,7 +75,7 @@ def theirs(sets: int) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sets", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=7)
     asked = parser.parse_args()
     one_thread()
     names = [f"s{n % asked.sets}" for n in range(BATCH)]

@@ -65,7 +65,7 @@ def kept(made: nn.Module, images: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=8)
     asked = parser.parse_args()
     one_thread()

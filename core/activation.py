@@ -43,7 +43,7 @@ class Active:
     names: tuple[str, ...] = ()
     per_sample: tuple[str | None, ...] | None = None
     routed: Routed | None = None
-    kept: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
+    kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """By slot: what a mixed batch needs there, gathered once for all calls of the activation."""
 
     def uses(self, name: str) -> bool:

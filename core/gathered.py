@@ -8,7 +8,7 @@ run once per set instead (`OutputSlot`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
@@ -21,6 +21,7 @@ from torch import Tensor
 from .layers import FrozenLayer, LinearLayer, Rows, replace_rows
 from .recipe import Adapter, Branch, Branching, LowRank, Piece
 
+Samples = Mapping[str, Sequence[int]]  # by set: the samples of a batch that go through it
 _EVER = count(1)
 
 
@@ -98,7 +99,7 @@ def apply(chosen: Sequence[Chosen | Masked], x: Tensor, y: Tensor, batch_axis: i
 
 
 def choose(
-    adapters: Mapping[str, Sequence[Piece]], samples: Mapping[str, Sequence[int]], size: int
+    adapters: Mapping[str, Sequence[Piece]], samples: Samples, size: int
 ) -> list[Chosen] | None:
     """The factors of each sample, where every set that `samples` names has a branch form."""
     by_part: dict[Rows | None, list[tuple[Piece, Branch, Sequence[int]]]] = {}
@@ -112,13 +113,13 @@ def choose(
 
 
 def routed(
-    parts: Sequence[tuple[Branches, Tensor]], index: Tensor, kept: dict[int, Any], slot: int
+    parts: Sequence[tuple[Branches, Tensor]], index: Tensor, kept: dict[Any, Any], slot: object
 ) -> list[Masked]:
     """Each sample's branch of a stack, gathered once per activation unless compiled."""
     if torch.compiler.is_compiling():
         return _routed(parts, index)
-    made: tuple[list[tuple[int, int]], list[Masked]] | None = kept.get(slot)
-    mark = _marks([index])  # another choice may be written into the tensor
+    made: tuple[list[object], list[Masked]] | None = kept.get(slot)
+    mark = _state((), [index])  # another choice may be written into the tensor
     if made is None or made[0] != mark:
         # Outside of inference mode, or what is kept could not be used in training.
         with torch.inference_mode(False), torch.no_grad():
@@ -135,11 +136,11 @@ def _routed(parts: Sequence[tuple[Branches, Tensor]], index: Tensor) -> list[Mas
 class Kept:
     """A choice for the calls to come, as long as nothing that it was made from has changed."""
 
+    samples: Samples
     chosen: list[Chosen] | None
-    pieces: Mapping[str, Sequence[Piece]]
+    adapters: Sequence[Adapter]
     read: Sequence[Tensor]
-    marks: Sequence[tuple[int, int]]
-    modes: Sequence[bool]
+    marks: Sequence[object]
 
     def fresh(self) -> bool:
         """Same mode, no tensor written since (by version, and by memory).
@@ -147,32 +148,34 @@ class Kept:
         Never while a factor trains: an optimiser may write without raising a tensor's version
         (torch's AdamW(fused=True) does).
         """
-        return (
-            not any(t.requires_grad for t in self.read)
-            and self.modes == _modes(self.pieces)
-            and self.marks == _marks(self.read)
-        )
+        trains = True in [t.requires_grad for t in self.read]
+        return not trains and self.marks == _state(self.adapters, self.read)
 
 
-def keep(
-    chosen: list[Chosen] | None, adapters: Mapping[str, Sequence[Piece]], names: Iterable[str]
-) -> Kept:
-    """`chosen` with what tells later whether it still holds."""
-    pieces = {name: adapters[name] for name in names}
-    read: list[Tensor] = []
+def keep(samples: Samples, chosen: list[Chosen] | None, pieces: Sequence[Piece]) -> Kept:
+    """`chosen`, made from `pieces`, with what tells later whether it still holds.
+
+    `samples` hold as long as the activation: no set that it names can be detached or merged.
+    """
+    read: dict[int, Tensor] = {}  # each once: sets share the frozen weight
     if chosen is not None:
-        for layer, adapter in (piece for entries in pieces.values() for piece in entries):
-            read += [layer.stored, *adapter.parameters()]
-    return Kept(chosen, pieces, read, _marks(read), _modes(pieces))
+        for layer, adapter in pieces:
+            read |= {id(t): t for t in (layer.stored, *adapter.parameters())}
+    adapters = [adapter for _, adapter in pieces]
+    tensors = list(read.values())
+    return Kept(samples, chosen, adapters, tensors, _state(adapters, tensors))
 
 
-def _marks(read: Sequence[Tensor]) -> list[tuple[int, int]]:
+def _state(adapters: Sequence[Adapter], read: Sequence[Tensor]) -> list[object]:
+    """What changes with the adapters; lists, as it is asked at every call of every layer."""
+    return [[a.training for a in adapters], _versions(read), [t.data_ptr() for t in read]]
+
+
+def _versions(read: Sequence[Tensor]) -> list[int]:
     # Tensors made in inference mode have no version: a number that is never the same again.
-    return [(-next(_EVER) if t.is_inference() else t._version, t.data_ptr()) for t in read]
-
-
-def _modes(pieces: Mapping[str, Sequence[Piece]]) -> list[bool]:
-    return [adapter.training for entries in pieces.values() for _, adapter in entries]
+    if True in [t.is_inference() for t in read]:
+        return [next(_EVER)]
+    return [t._version for t in read]
 
 
 def _chosen(entries: Sequence[tuple[Piece, Branch, Sequence[int]]], size: int) -> Chosen:

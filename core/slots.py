@@ -17,7 +17,7 @@ from .activation import Active, current
 from .drawer import Drawer
 from .errors import AdaptError
 from .ffn_input import FFNInput
-from .gathered import Chosen, apply, choose, keep, routed
+from .gathered import Chosen, Kept, Samples, apply, choose, keep, routed
 from .inject import frame
 from .layers import FrozenLayer, Rows, replace_rows
 from .mixing import check_batch, groups
@@ -136,49 +136,67 @@ class OutputSlot(Slot):
         active = current(self.drawer)
         ffn = None if self.ffn is None else self.ffn.take()
         if active.routed is not None:
-            parts, index = active.routed.parts.get(self.path), active.routed.index
-            if parts is None:
-                return None
-            x, y = self._tensor(args, kwargs), _first_tensor(output, self.path)
-            check_batch(y.shape[self.batch_axis], index, self.path)
-            masked = routed(parts, index, active.kept, id(self))
-            return _with_first_tensor(output, apply(masked, x, y, self.batch_axis))
-        if active.per_sample is None:
-            names = self.acting(active)
-        else:
-            names = list(groups(active.per_sample, self.known()))
+            return self._routed(active, args, kwargs, output)
+        if active.per_sample is not None:
+            return self._mixed(active, args, kwargs, output, ffn)
+        names = self.acting(active)
         if not names:
             return None  # torch keeps the very tensor
         x, y = self._tensor(args, kwargs), _first_tensor(output, self.path)
-        if active.per_sample is None:
-            for name in names:
-                y = self._apply(name, x, ffn, y)
-        else:
-            check_batch(y.shape[self.batch_axis], active.per_sample, self.path)
-            chosen = self._chosen(active) if x.dtype == y.dtype else None
-            if chosen is not None:
-                y = apply(chosen, x, y, self.batch_axis)
-            else:
-                y = self._by_set(active.per_sample, x, ffn, y)
+        for name in names:
+            y = self._apply(name, x, ffn, y)
         return _with_first_tensor(output, y)
 
-    def _chosen(self, active: Active) -> list[Chosen] | None:
-        """Each sample's factors, gathered once per activation while grad is off."""
-        names = active.per_sample or ()
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return choose(self.adapters, groups(names, self.known()), len(names))
-        kept = active.kept.get(id(self))
-        if kept is None or not kept.fresh():
-            samples = groups(names, self.known())
-            kept = keep(choose(self.adapters, samples, len(names)), self.adapters, samples)
-            active.kept[id(self)] = kept
-        return kept.chosen
+    def _routed(
+        self, active: Active, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """A stack's factors, chosen by a tensor."""
+        assert active.routed is not None, "asked before"
+        parts, index = active.routed.parts.get(self.path), active.routed.index
+        if parts is None:
+            return None
+        x, y = self._tensor(args, kwargs), _first_tensor(output, self.path)
+        check_batch(y.shape[self.batch_axis], index, self.path)
+        masked = routed(parts, index, active.kept, self)
+        return _with_first_tensor(output, apply(masked, x, y, self.batch_axis))
 
-    def _by_set(
-        self, per_sample: Sequence[str | None], x: Tensor, ffn: Tensor | None, y: Tensor
-    ) -> Tensor:
+    def _mixed(
+        self,
+        active: Active,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        ffn: Tensor | None,
+    ) -> Any:
+        """One set per sample."""
+        samples, chosen = self._choice(active)
+        if not samples:
+            return None
+        x, y = self._tensor(args, kwargs), _first_tensor(output, self.path)
+        check_batch(y.shape[self.batch_axis], active.per_sample or (), self.path)
+        if chosen is not None and x.dtype == y.dtype:
+            y = apply(chosen, x, y, self.batch_axis)
+        else:
+            y = self._by_set(samples, x, ffn, y)
+        return _with_first_tensor(output, y)
+
+    def _choice(self, active: Active) -> tuple[Samples, list[Chosen] | None]:
+        """Who needs which set here, and their factors: gathered once while grad is off."""
+        once = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        kept: Kept | None = active.kept.get(self) if once else None
+        if kept is not None and kept.fresh():
+            return kept.samples, kept.chosen
+        names = active.per_sample or ()
+        samples = groups(names, self.known())
+        chosen = choose(self.adapters, samples, len(names))
+        if once:
+            pieces = [piece for name in samples for piece in self.adapters[name]]
+            active.kept[self] = keep(samples, chosen, pieces)
+        return samples, chosen
+
+    def _by_set(self, samples: Samples, x: Tensor, ffn: Tensor | None, y: Tensor) -> Tensor:
         axis = self.batch_axis
-        for name, rows in groups(per_sample, self.known()).items():
+        for name, rows in samples.items():
             index = torch.tensor(rows, device=y.device)
             own_ffn = None if ffn is None else ffn.index_select(axis, index)
             own = self._apply(
