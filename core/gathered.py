@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import count
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layers import FrozenLayer, LinearLayer, Rows, replace_rows
-from .recipe import Adapter, Branch, Branching, LowRank, Piece
+from .recipe import Adapter, Branch, Branching, LowRank, Piece, offers
 
 Samples = Mapping[str, Sequence[int]]  # by set: the samples of a batch that go through it
 _EVER = count(1)
@@ -197,19 +196,12 @@ def branch_of(adapter: Adapter, layer: FrozenLayer) -> Branch | None:
     dropout: float = getattr(adapter, "dropout", 0.0)
     if adapter.training and dropout > 0:
         return None
-    form = _form(type(adapter))  # type: ignore[arg-type]  # classes hash
-    if form is Branching:
+    if offers(adapter, Branching):
         return cast(Branching, adapter).branch(layer)
-    if form is None:
+    if not offers(adapter, LowRank):
         return None
     a, b, p, scale = cast(LowRank, adapter).factors()
     return Branch(a, b if p is None else b * p, scale)
-
-
-@cache
-def _form(adapter: type[Adapter]) -> type | None:
-    """Asking a protocol takes longer than the rest of a decoding step's work on one adapter."""
-    return next((p for p in (Branching, LowRank) if issubclass(adapter, p)), None)
 
 
 def stack_branches(layer: FrozenLayer, branches: Sequence[Branch]) -> Branches:

@@ -24,6 +24,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias, runtime_checkable
 
 import torch
@@ -115,6 +116,18 @@ class Adapter(nn.Module):
     def deployed(self) -> Adapter:
         """The adapter that inference needs; itself unless training holds more."""
         return self
+
+
+def offers(adapter: Adapter, form: type) -> bool:
+    """isinstance(adapter, form) for one of the protocols above, which answer slowly themselves."""
+    if torch.compiler.is_compiling():  # it warns of caches
+        return isinstance(adapter, form)
+    return _offers(type(adapter), form)  # type: ignore[arg-type]  # classes hash
+
+
+@cache
+def _offers(adapter: type[Adapter], form: type) -> bool:
+    return issubclass(adapter, form)
 
 
 Piece: TypeAlias = "tuple[FrozenLayer, Adapter]"

@@ -23,7 +23,7 @@ from .drawer import (
 )
 from .errors import AdaptError, SiteError
 from .kinds import layer_at
-from .recipe import ActsOnOutput, ActsOnWeight, Adapter, Recipe
+from .recipe import ActsOnOutput, ActsOnWeight, Adapter, Recipe, offers
 from .sites import Site, Sites, select
 from .wiring import unwire, wire
 
@@ -247,8 +247,8 @@ def _build(model: nn.Module, recipe: Recipe, site: Site, generator: Generator | 
     weight = None if site.parameter is None else layer.matrix().detach()
     adapter = recipe.build(site, weight, generator)
     wanted_slot = ActsOnWeight if site.slot == "weight" else ActsOnOutput
-    if not isinstance(adapter, wanted_slot) and not (
-        site.slot == "output" and isinstance(adapter, ActsOnWeight) and site.kind != "block"
+    if not offers(adapter, wanted_slot) and not (
+        site.slot == "output" and offers(adapter, ActsOnWeight) and site.kind != "block"
     ):
         raise SiteError(
             f"{type(recipe).__name__} cannot act on {site.name}: {site.why}, so the method needs a"
@@ -259,7 +259,7 @@ def _build(model: nn.Module, recipe: Recipe, site: Site, generator: Generator | 
 
 def _on_output(site: Site, adapter: Adapter) -> bool:
     """The adapter changes what the layer returns, not the weight that it reads."""
-    return site.slot == "output" and isinstance(adapter, ActsOnOutput)
+    return site.slot == "output" and offers(adapter, ActsOnOutput)
 
 
 def build_set(

@@ -12,7 +12,7 @@ from .inject import adapt_parameter, frame_calls, restore_parameter, unframe_cal
 from .kinds import layer_at
 from .layers import module_at
 from .readers import batch_axis_of
-from .recipe import ActsOnInput, ActsOnOutput, Adapter
+from .recipe import ActsOnInput, ActsOnOutput, Adapter, offers
 from .sites import Site
 from .slots import OutputSlot, WeightSlot
 
@@ -44,7 +44,7 @@ def unwire(drawer: Drawer, made: AdapterSet) -> None:
 
 
 def _slot(drawer: Drawer, site: Site, adapter: Adapter) -> WeightSlot | OutputSlot:
-    by_output = site.slot == "output" and isinstance(adapter, ActsOnOutput)
+    by_output = site.slot == "output" and offers(adapter, ActsOnOutput)
     key = (site.path, None if by_output else site.parameter)
     if key not in drawer.slots:
         make = _output_slot if by_output else _weight_slot
@@ -52,7 +52,7 @@ def _slot(drawer: Drawer, site: Site, adapter: Adapter) -> WeightSlot | OutputSl
     slot = drawer.slots[key]
     if isinstance(slot, OutputSlot) and adapter.input == "ffn" and slot.ffn is None:
         slot.ffn = FFNInput(drawer.__dict__["backbone"].get_submodule(site.path), site.path)
-    if isinstance(slot, OutputSlot) and isinstance(adapter, ActsOnInput) and slot.entry is None:
+    if isinstance(slot, OutputSlot) and offers(adapter, ActsOnInput) and slot.entry is None:
         module = drawer.__dict__["backbone"].get_submodule(site.path)
         slot.entry = module.register_forward_pre_hook(slot.enter, with_kwargs=True)
         frame_calls(module, slot)

@@ -103,6 +103,18 @@ def test_one_graph_serves_any_choice_among_any_number_of_sets(recipe: Recipe) ->
     assert graphs <= 2  # the second is for a number of sets that is no longer a constant
 
 
+@pytest.mark.slow
+def test_a_mixed_batch_by_names_compiles_with_its_gradients() -> None:
+    model, x = LAYERS["linear"].model(), tokens()
+    for seed, name in enumerate(("a", "b")):
+        stir(attach(model, LoRA(rank=2), at="layer", name=name), seed)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with activate(model, per_sample=NAMES):
+        assert torch.allclose(compiled(x), model(x), rtol=0, atol=1e-6)
+        compiled(x).sum().backward()
+    assert all(p.grad is not None for s in sets_of(model).values() for p in s.parameters())
+
+
 def test_another_choice_written_into_the_index_is_seen() -> None:
     model, x = resident(2, LoRA(rank=2)), tokens()
     stacked = stack(model)
