@@ -374,6 +374,9 @@ def test_a_copy_made_within_a_context_is_in_none() -> None:
     with activate(model, "s0"):
         twin = copy.deepcopy(model)
         sets_of(twin)["s0"].detach()
+        assert sets_of(twin) == {}
+        with pytest.raises(AdaptError, match="leave the context first"):
+            sets_of(model)["s0"].detach()
 
 
 def test_dropout_acts_in_a_mixed_batch_under_training() -> None:

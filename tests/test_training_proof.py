@@ -50,4 +50,10 @@ def test_prompts_that_nothing_calls_are_named_at_the_first_batch() -> None:
 def test_of_a_methods_own_sites_some_may_be_idle() -> None:
     backbone = vit()
     backbone.add_module("unused", nn.Linear(4, 4))
-    fit(Task(backbone, BitFit()))
+    task = Task(backbone, BitFit())
+    before = {name: t.clone() for name, t in task.adapters.state_dict().items()}
+    fit(task)
+    moved = [name for name, t in task.adapters.state_dict().items() if not t.equal(before[name])]
+    assert "unused.bias/value" in before
+    assert "unused.bias/value" not in moved
+    assert "blocks.0.mlp.fc1.bias/value" in moved
