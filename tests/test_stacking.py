@@ -29,6 +29,7 @@ from polyadapt.core import (
 from polyadapt.core.recipe import Branching, LowRank
 from polyadapt.tests.law_models import BATCH, LAYERS, tokens
 from polyadapt.tests.law_table import CELLS, LINEAR, Cell, stir
+from polyadapt.tests.resident_sets import resident
 
 STACKABLE = [
     cell
@@ -46,14 +47,6 @@ def two_sets(cell: Cell) -> nn.Module:
     model = cell.model().eval()
     for seed, name in enumerate(("a", "b")):
         cell.adapted(model, name, seed).freeze()
-    return model
-
-
-def resident(count: int, recipe: Recipe, at: str = "layer") -> nn.Module:
-    """A model with sets s0, s1, ... that differ."""
-    model = LAYERS["linear"].model().eval()
-    for n in range(count):
-        stir(attach(model, recipe, at=at, name=f"s{n}"), seed=n).freeze()
     return model
 
 
@@ -281,38 +274,6 @@ def test_a_mixed_batch_trains_every_set_with_its_own_samples() -> None:
         for got, parameter in zip(mixed[name], adapters.parameters(), strict=True):
             assert parameter.grad is not None
             assert torch.allclose(got, parameter.grad, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("data", [False, True], ids=["in place", "through .data"])
-def test_a_factor_written_within_an_activation_is_seen(data: bool) -> None:
-    model, x = resident(2, LoRA(rank=2)), tokens()
-    factor = sets_of(model)["s0"].get_parameter("modules_in_order.0.B")
-    with torch.no_grad(), activate(model, per_sample=["s0"] * BATCH):
-        before = model(x)
-        if data:
-            factor.data = torch.zeros_like(factor)
-        else:
-            factor.zero_()
-        after = model(x)
-    with torch.no_grad(), activate(model, None):
-        assert torch.equal(after, model(x))
-        assert not torch.equal(before, after)
-
-
-def test_a_factor_that_an_optimiser_wrote_within_an_activation_is_seen() -> None:
-    """A fused optimiser raises no versions."""
-    model, x = resident(2, LoRA(rank=2)), tokens()
-    adapters = sets_of(model)["s0"]
-    adapters.trainable = True
-    optimiser = torch.optim.AdamW(adapters.parameters(), lr=0.1, fused=True)
-    with activate(model, per_sample=["s0"] * BATCH):
-        with torch.no_grad():
-            model(x)
-        model(x).square().sum().backward()
-        optimiser.step()
-        with torch.no_grad():
-            after = model(x)
-        assert torch.equal(after, model(x))
 
 
 @pytest.mark.parametrize("recipe", [LoRA(rank=3, alpha=1), DoRA(rank=3, alpha=1)], ids=str)
