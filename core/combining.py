@@ -153,8 +153,8 @@ def _update(adapters: AdapterSet, adapter: Adapter, weight: float) -> Update:
 
 def _twin(adapters: AdapterSet, name: str) -> AdapterSet:
     """The same recipe, sites, bits, head and extras under another name."""
-    modules = [copy.deepcopy(adapter) for adapter in adapters.adapters.values()]
-    twin = AdapterSet(name, adapters.recipe, adapters.sites, modules)
+    modules, bank = copy.deepcopy((list(adapters.adapters.values()), adapters.bank))
+    twin = AdapterSet(name, adapters.recipe, adapters.sites, modules, bank)
     twin.head = {key: tensor.clone() for key, tensor in adapters.head.items()}
     twin.extra = copy.deepcopy(adapters.extra)
     return twin

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .banks import read_by
 from .layers import FrozenLayer, LinearLayer, Rows, replace_rows
 from .recipe import Adapter, Branch, Branching, LowRank, Piece, offers
 
@@ -159,7 +160,7 @@ def keep(samples: Samples, chosen: list[Chosen] | None, pieces: Sequence[Piece])
     read: dict[int, Tensor] = {}  # each once: sets share the frozen weight
     if chosen is not None:
         for layer, adapter in pieces:
-            read |= {id(t): t for t in (layer.stored, *adapter.parameters())}
+            read |= {id(t): t for t in (layer.stored, *read_by(adapter))}
     adapters = [adapter for _, adapter in pieces]
     tensors = list(read.values())
     return Kept(samples, chosen, adapters, tensors, _state(adapters, tensors))

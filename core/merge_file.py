@@ -21,6 +21,7 @@ from .layers import (
     TransposedLinearLayer,
 )
 from .recipe import ActsOnWeight, Piece
+from .sets import AdapterSet
 from .sites import Site
 from .slots import apply_weights
 from .store import AdapterFile, check_fit, read_file
@@ -90,15 +91,14 @@ def _key(site: Site) -> str:
 
 def _pieces(file: AdapterFile, base: Mapping[str, Tensor]) -> dict[str, list[Piece]]:
     """The file's adapters, filled, by the parameter that they change."""
-    built = {site: _piece(file, site, base[_key(site)]) for site in file.sites}
-    states = {site: adapter.state_dict() for site, (_, adapter) in built.items()}
-    check_fit(
-        file.tensors, {f"{s.name}/{k}": t for s, own in states.items() for k, t in own.items()}
-    )
+    built = [_piece(file, site, base[_key(site)]) for site in file.sites]
+    bank = file.recipe.build_bank(file.sites, torch.Generator().manual_seed(0))
+    made = AdapterSet(file.name, file.recipe, file.sites, [a for _, a in built], bank).eval()
+    check_fit(file.tensors, made.state_dict())
+    made.load_state_dict(file.tensors)
     by_parameter: dict[str, list[Piece]] = {}
-    for site, (layer, adapter) in built.items():
-        adapter.load_state_dict({k: file.tensors[f"{site.name}/{k}"] for k in states[site]})
-        by_parameter.setdefault(_key(site), []).append((layer, adapter.eval()))
+    for site, piece in zip(file.sites, built, strict=True):
+        by_parameter.setdefault(_key(site), []).append(piece)
     return by_parameter
 
 

@@ -35,12 +35,19 @@ def prove(adapter_set: AdapterSet, probe: Tensor | Callable[[], Any]) -> None:
 
 
 def check_gradients(adapter_set: AdapterSet, gradients: dict[int, Tensor | None]) -> None:
-    """Every adapter has a tensor with a gradient that is not zero throughout."""
-    idle = [
-        site
+    """Every adapter has a tensor with a gradient that is not zero throughout.
+
+    Where a bank's factor that starts at zero hides all of them, any gradient: it was called.
+    """
+    own = {
+        site: [gradients.get(id(p)) for p in adapter.parameters()]
         for site, adapter in adapter_set.adapters.items()
-        if not any(_acts(gradients.get(id(p))) for p in adapter.parameters())
-    ]
+    }
+    acting = {site for site, found in own.items() if any(map(_acts, found))}
+    shared = [] if adapter_set.bank is None else adapter_set.bank.parameters()
+    if not acting and any(_acts(gradients.get(id(p))) for p in shared):
+        acting = {site for site, found in own.items() if any(g is not None for g in found)}
+    idle = [site for site in own if site not in acting]
     if idle:
         more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
         raise SiteError(

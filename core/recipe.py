@@ -14,6 +14,8 @@ A method is one file in `core/adapters`: a frozen dataclass that derives from `R
 `deployed()`       what inference needs, when that is less than training does
 =================  ================================================================
 
+Tensors that the sites share are a bank (`Recipe.build_bank`, see `banks`), under `adapter.bank`.
+
 A term or work that needs all sites at once (a rank budget) is the recipe's: `Recipe.penalty` and
 `Recipe.after_step` get the whole set, and ask each adapter unless a method says otherwise.
 """
@@ -30,6 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias, runt
 import torch
 from torch import Generator, Tensor, nn
 
+from .banks import bank_of, owners
 from .errors import AdaptError
 
 if TYPE_CHECKING:
@@ -106,6 +109,9 @@ class Adapter(nn.Module):
     """`layer`: x of `output` is what the layer was called with. `ffn`: x is the residual state
     that enters the MLP branch of a transformer block (the site must be a block)."""
 
+    bank: nn.Module | None = None
+    """What the set's adapters share, if their recipe builds a bank. The set owns it."""
+
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss, or None."""
         return None
@@ -161,6 +167,10 @@ class Recipe:
         """The adapter at `site`; `weight` is the frozen W0 [d_out, d_in] (None for a block)."""
         raise AdaptError(f"{type(self).__name__} builds no adapters: it has no sites")
 
+    def build_bank(self, sites: Sequence[Site], generator: Generator | None) -> nn.Module | None:
+        """What the adapters at these sites share, built before them; None: nothing."""
+        return None
+
     def default_at(self, model: nn.Module) -> Sequence[str]:
         """Patterns to use when `attach` got none."""
         raise AdaptError(
@@ -185,8 +195,12 @@ class Recipe:
         self, adapters: Mapping[str, Adapter], lr: float, weight_decay: float
     ) -> list[dict[str, Any]]:
         """Optimiser groups over the trainable tensors; vectors (biases, gains) do not decay."""
-        tensors = [p for a in adapters.values() for p in a.parameters() if p.requires_grad]
+        modules = owners(bank_of(adapters), adapters).values()
+        tensors = [p for module in modules for p in module.parameters() if p.requires_grad]
         return decay_groups(tensors, lr, weight_decay)
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse tensors whose names and shapes fit a set of this recipe, but not their numbers."""
 
     def to_json(self) -> dict[str, Any]:
         """The method's name and its fields as JSON values."""

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .activation import wanted
+from .banks import owners, share
 from .drawer import (
     Drawer,
     check_set_name,
@@ -35,13 +36,20 @@ class AdapterSet(nn.Module):
     """
 
     def __init__(
-        self, name: str, recipe: Recipe, sites: Sites, adapters: Sequence[Adapter]
+        self,
+        name: str,
+        recipe: Recipe,
+        sites: Sites,
+        adapters: Sequence[Adapter],
+        bank: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.recipe = recipe
         self.sites = sites
         self.modules_in_order = nn.ModuleList(adapters)
+        self.bank = bank
+        share(bank, adapters)
         self.trainable = True
         self.extra: dict[str, Any] = {}
         """JSON values that travel in the file: labels of a head, preprocessing, backbone name."""
@@ -62,17 +70,24 @@ class AdapterSet(nn.Module):
         return {s.name: a for s, a in zip(self.sites, self.modules_in_order, strict=True)}  # type: ignore[misc]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """Every tensor of the set under `site/parameter`."""
-        return {
-            f"{site}/{key}": tensor
-            for site, adapter in self.adapters.items()
-            for key, tensor in adapter.state_dict().items()
-        }
+        """Every tensor of the set under `site/parameter`, those of its bank under `.bank/`."""
+        return _named(owners(self.bank, self.adapters))
+
+    def deployed_state(self) -> dict[str, Tensor]:
+        """The same of what inference needs: what the saved file holds."""
+        adapters = {site: adapter.deployed() for site, adapter in self.adapters.items()}
+        return _named(owners(self.bank, adapters))
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Every parameter under its name in `state_dict`."""
+        held = owners(self.bank, self.adapters).items()
+        return {f"{o}/{key}": p for o, module in held for key, p in module.named_parameters()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Copy tensors in; every name and shape must fit, else nothing is changed."""
         own = self.state_dict()
         check_tensors(state, own, f"set {self.name!r}")
+        self.recipe.check_state(state)
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(state[key])
@@ -87,9 +102,7 @@ class AdapterSet(nn.Module):
 
     def stored_count(self) -> int:
         """Numbers in the saved file (what inference needs)."""
-        return sum(
-            t.numel() for a in self.adapters.values() for t in a.deployed().state_dict().values()
-        )
+        return sum(tensor.numel() for tensor in self.deployed_state().values())
 
     def penalty(self) -> Tensor:
         """What the method adds to the loss (0 when it adds nothing)."""
@@ -268,9 +281,10 @@ def build_set(
     """The adapters of a set, not yet in any slot: the model is only read."""
     check_set_name(name, sets_of(model))
     recipe.check(sites)
+    bank = recipe.build_bank(sites, generator)
     adapters = [_build(model, recipe, site, generator) for site in sites]
     recipe.check_model(model, sites)
-    made, device = AdapterSet(name, recipe, sites, adapters), same_device(model)
+    made, device = AdapterSet(name, recipe, sites, adapters, bank), same_device(model)
     return (made if device.type == "cpu" else made.to(device)).train(model.training)
 
 
@@ -291,6 +305,10 @@ def install(backbone: nn.Module, made: AdapterSet) -> None:
     drawer.holder[f"set_{made.name}"] = made
     made.__dict__["drawer"] = drawer
     switch(backbone, made.name)
+
+
+def _named(held: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    return {f"{o}/{key}": t for o, module in held.items() for key, t in module.state_dict().items()}
 
 
 def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import container
+from .banks import BANK
 from .errors import AdaptError, SiteError, StoreError
 from .fingerprint import fingerprint
 from .recipe import Recipe
@@ -47,9 +48,7 @@ def save(adapter_set: AdapterSet, path: str | Path, *, training_state: bool = Fa
     What inference needs is stored; `training_state=True` keeps what only training needs (MoSA's
     experts). The file is written beside its place and renamed, so it is whole or not there.
     """
-    pairs = zip(adapter_set.sites, adapter_set.adapters.values(), strict=True)
-    chosen = [(s, a if training_state else a.deployed()) for s, a in pairs]
-    tensors = {f"{s.name}/{k}": t for s, a in chosen for k, t in a.state_dict().items()}
+    tensors = adapter_set.state_dict() if training_state else adapter_set.deployed_state()
     tensors |= {_HEAD + key: tensor for key, tensor in adapter_set.head.items()}
     for name, tensor in tensors.items():
         if not all_finite(tensor):
@@ -151,11 +150,19 @@ def inspect_file(path: str | Path) -> str:
         f"{path}: set {file.name!r}, {file.recipe}",
         f"backbone: {file.backbone_class}, {len(file.fingerprint)} frozen weights fingerprinted",
         f"{count:,} numbers, {size:,} bytes in {len(file.tensors)} tensors",
+        *_bank_line(file),
         f"head: {_shapes(file.head)}",
         f"versions: {', '.join(f'{k} {v}' for k, v in sorted(file.versions.items()))}",
         *(f"{key}: {value}" for key, value in sorted(file.extra.items())),
     ]
     return "\n".join([*lines, str(file.sites)] if file.sites else lines)
+
+
+def _bank_line(file: AdapterFile) -> list[str]:
+    """Only of a method that shares tensors."""
+    prefix = f"{BANK}/"
+    own = {k.removeprefix(prefix): t for k, t in file.tensors.items() if k.startswith(prefix)}
+    return [f"bank, shared by all sites: {_shapes(own)}"] if own else []
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> str:

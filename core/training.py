@@ -269,13 +269,8 @@ class AdaptedModule(LightningModule, ABC):
         return None if total < 0 or math.isinf(total) else max(1, int(total))
 
     def _trained_by_name(self) -> dict[str, nn.Parameter]:
-        named = {
-            f"{site}/{name}": parameter
-            for site, adapter in self.adapters.adapters.items()
-            for name, parameter in adapter.named_parameters()
-        }
         own = {n: p for n, p in self.named_parameters() if not n.startswith(_BACKBONE)}
-        return {n: p for n, p in {**named, **own}.items() if p.requires_grad}
+        return {n: p for n, p in {**self.adapters.trained(), **own}.items() if p.requires_grad}
 
     def _statistics(self) -> list[nn.Module]:
         """Modules of the backbone that would update running statistics in training mode."""
@@ -294,12 +289,12 @@ class AdaptedModule(LightningModule, ABC):
 
         Of a method's own sites some: there may be biases or norms that this model does not use.
         """
-        gradients = {id(p): p.grad for p in self.adapters.parameters()}
+        gradients = {id(p): p.grad for p in self.adapters.modules_in_order.parameters()}
         found = [g for g in gradients.values() if g is not None]
         if not all(bool(g.isfinite().all()) for g in found):
             return  # on_before_optimizer_step names it, or a gradient scaler leaves the step out
         if found and self.trainer.global_step == 0 and not any(bool(g.any()) for g in found):
-            return  # a head that starts at zero hides all adapters, for one step
+            return  # a head, or a factor of a bank, that starts at zero hides all for one step
         self._unproven = False
         if not gradients or (not self._chosen and any(bool(g.any()) for g in found)):
             return

@@ -59,6 +59,7 @@ class Row:
     layers: Sequence[str]
     trained: Count  # the formula of its card, for one site
     stored: Count | None = None  # None: what is trained
+    shared: Callable[[Sequence[Site]], int] = lambda sites: 0  # numbers of the bank
     weight: bool = False  # it has a weight form, so it merges
     output: bool = False
     near: bool = True  # it starts near the backbone
