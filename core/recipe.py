@@ -265,3 +265,22 @@ def require_finite(method: str, **numbers: float) -> None:
     for name, value in numbers.items():
         good = isinstance(value, int | float) and math.isfinite(value) and abs(value) < 3.4e38
         require(good, f"{method}: {name}={value!r} is not allowed: a finite number")
+
+
+def require_duration(method: str, name: str, value: object) -> None:
+    """A number of steps when whole, a share of all steps when a fraction."""
+    steps = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    share = isinstance(value, float) and 0 <= value < 1
+    require(
+        steps or share,
+        f"{method}: {name}={value!r} is not allowed: a whole number of steps, or a share below 1",
+    )
+
+
+def steps_of(duration: int | float, total: int) -> int:
+    """The steps of a duration in a run of `total`.
+
+    >>> steps_of(20, 300), steps_of(0.1, 300)
+    (20, 30)
+    """
+    return duration if isinstance(duration, int) else round(duration * total)

@@ -18,6 +18,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from .errors import AdaptError, SiteError
+from .optim.proximal import proximal_step
 from .order import random_states, set_random_states
 from .probe import check_gradients
 from .recipe import Recipe, decay_groups, require, require_finite
@@ -277,8 +278,10 @@ class AdaptedModule(LightningModule, ABC):
         found = self.backbone.modules()
         return [m for m in found if getattr(m, "running_mean", None) is not None]
 
-    def _after_step(self, *_: Any) -> None:
-        self.adapters.after_step(self.trainer.global_step + 1, self._total)
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        step = self.trainer.global_step + 1
+        proximal_step(optimizer, step, self._total)
+        self.adapters.after_step(step, self._total)
 
     def _scales(self) -> bool:
         """With a gradient scaler (fp16), infinite gradients are normal: it leaves the step out."""

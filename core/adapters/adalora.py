@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ..errors import AdaptError
-from ..recipe import Adapter, Recipe, require, require_finite, require_rank
+from ..recipe import (
+    Adapter,
+    Recipe,
+    require,
+    require_duration,
+    require_finite,
+    require_rank,
+    steps_of,
+)
 from ..sites import Site, Sites
 from .lora import LoRA, Pair, PairAdapter, fits, require_matrix, widened, without_autocast
 
@@ -193,7 +201,7 @@ class AdaLoRA(Recipe):
             require_finite("AdaLoRA", **{name: value})
             require(0 <= value < 1, f"AdaLoRA: {name}={value!r} is not in [0, 1)")
         for name in ("t_init", "t_final"):
-            _require_duration(name, getattr(self, name))
+            require_duration("AdaLoRA", name, getattr(self, name))
         whole = isinstance(self.every, int) and not isinstance(self.every, bool)
         require(
             whole and self.every >= 1,
@@ -243,8 +251,7 @@ class AdaLoRA(Recipe):
 
     def budget(self, sites: int, total: int) -> Budget:
         """The schedule of a run of `total` steps; one without a middle phase is refused."""
-        durations = self.t_init, self.t_final
-        start, final = (t if isinstance(t, int) else round(t * total) for t in durations)
+        start, final = steps_of(self.t_init, total), steps_of(self.t_final, total)
         require(
             start < total - final,
             f"AdaLoRA: t_init={self.t_init} and t_final={self.t_final} leave none of {total} steps"
@@ -272,15 +279,6 @@ class AdaLoRA(Recipe):
             )
         for adapter in adapters:
             adapter.observe(self.beta1, self.beta2)
-
-
-def _require_duration(name: str, value: object) -> None:
-    steps = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    share = isinstance(value, float) and 0 <= value < 1
-    require(
-        steps or share,
-        f"AdaLoRA: {name}={value!r} is not allowed: a whole number of steps, or a share below 1",
-    )
 
 
 @torch.no_grad()
