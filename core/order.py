@@ -25,19 +25,37 @@ class EpochSampler(DistributedSampler[Any]):
     `generator` belongs into the DataLoader: its iterators then draw the seeds of their workers from
     it, also a function of (seed, epoch), and leave torch's global generator alone.
 
+    With `sizes`, batches of `batch_size` hold samples of like size: the shuffled order is cut into
+    pools of `pool` batches, each is sorted, and the batches are shuffled again.
+
     >>> sampler = EpochSampler(5, seed=0)
     >>> first = list(sampler)
     >>> sampler.set_epoch(1)
     >>> sorted(sampler) == sorted(first) == [0, 1, 2, 3, 4], list(sampler) == first
     (True, False)
+    >>> order = list(EpochSampler(4, seed=0, sizes=[9, 1, 8, 2], batch_size=2))
+    >>> sorted([sorted(order[:2]), sorted(order[2:])])
+    [[0, 2], [1, 3]]
     """
 
     # A DistributedSampler, because Lightning wraps any other one when there are several processes,
     # and would shuffle its order once more. Nothing else of that class is used.
-    def __init__(self, length: int, seed: int, *, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        sizes: Sequence[int] | None = None,
+        batch_size: int = 1,
+        pool: int = 16,
+    ) -> None:
         self.length = length
         self.seed = seed
         self.shuffle = shuffle
+        self.sizes = sizes
+        self.batch_size = batch_size
+        self.pool = pool
         self.generator = Generator()
         self.set_epoch(0)
 
@@ -61,11 +79,44 @@ class EpochSampler(DistributedSampler[Any]):
             return range(self.length)
         # Whoever drew from `generator` changes nothing.
         own = Generator().manual_seed(self._mixed())
-        return cast(list[int], torch.randperm(self.length, generator=own).tolist())
+        order = _permutation(self.length, own)
+        if self.sizes is None:
+            return order
+        # A batch of all processes together: each takes every n-th sample of it.
+        return _like_sized(order, self.sizes, self.batch_size * this_process()[1], self.pool, own)
 
     def _mixed(self) -> int:
         """A seed of 32 bits: torch's CPU generator ignores the others."""
         return (self.seed * _SPREAD + self.epoch) & 0xFFFFFFFF
+
+
+class EpochAndPosition(EpochSampler):
+    """The order of an `EpochSampler`, with its epoch beside every position.
+
+    The epoch has to travel with the position: a copy of the data set in a worker knows no epoch.
+    """
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter([(self.epoch, position) for position in super().__iter__()])
+
+
+def _permutation(length: int, generator: Generator) -> list[int]:
+    return cast(list[int], torch.randperm(length, generator=generator).tolist())
+
+
+def _like_sized(
+    order: Sequence[int], sizes: Sequence[int], batch: int, pool: int, generator: Generator
+) -> list[int]:
+    """The order in whole batches of like size; what is left over stays last."""
+    pools = _cut(order, batch * pool)
+    whole = _cut([i for part in pools for i in sorted(part, key=lambda i: sizes[i])], batch)
+    rest = whole.pop() if len(order) % batch else []
+    shuffled = [whole[i] for i in _permutation(len(whole), generator)]
+    return [i for part in [*shuffled, rest] for i in part]
+
+
+def _cut(order: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def this_process() -> tuple[int, int]:

@@ -44,9 +44,10 @@ def main(argv: list[str]) -> int:
 def _command(verb: str) -> Command:
     def command(rest: list[str]) -> int:
         if verb in ("fit", "validate", "test"):
-            from .fit import main as run
+            from ..core.fitting import run
+            from .configuration import VISION
 
-            return run(verb, rest)
+            return run(VISION, verb, rest)
         module = importlib.import_module(f".{verb.replace('-', '_')}", __package__)
         code: int = module.main(rest)
         return code

@@ -64,18 +64,19 @@ def main(argv: list[str]) -> int:
 
 def train_and_test(config: Path, seed: int, folder: Path) -> Outcome:
     """One run: fit, then test what was saved."""
-    from .complaints import errors_in_one_line
-    from .configuration import VisionCLI
-    from .fit import calm, measure, train
+    from ..core.complaints import errors_in_one_line
+    from ..core.configuration import DomainCLI
+    from ..core.fitting import calm, measure, train
+    from .configuration import VISION
 
     with calm(), errors_in_one_line():
-        cli = VisionCLI("fit", [f"--config={config}", f"--run={folder}", *seeded(seed)])
+        cli = DomainCLI(VISION, "fit", [f"--config={config}", f"--run={folder}", *seeded(seed)])
         before, start = _start_of_memory(), time.perf_counter()
         train(cli)
         seconds, memory = time.perf_counter() - start, _most_memory_since(before)
         adapters = cli.model.adapters
         saved = [f"--config={folder}/config.yaml", f"--set={folder}/adapter.safetensors"]
-        metrics = measure("test", saved, verbose=False)
+        metrics = measure(VISION, "test", saved, verbose=False)
     return Outcome(
         name=config.stem,
         method=type(adapters.recipe).__name__,
@@ -162,11 +163,14 @@ def _line(outcome: Outcome) -> str:
 
 def _refuse_other_data(configs: Sequence[Path]) -> None:
     """The configurations' data sections are equal; only then does a comparison say anything."""
-    from .configuration import Parsed
-    from .fit import calm
+    from ..core.configuration import DomainCLI
+    from ..core.fitting import calm
+    from .configuration import VISION
 
     with calm():
-        said = [Parsed("fit", [f"--config={config}"]).config.data.as_dict() for config in configs]
+        words = [[f"--config={config}"] for config in configs]
+        read = [DomainCLI(VISION, "fit", said, build=False) for said in words]
+        said = [cli.config.data.as_dict() for cli in read]
     for config, data in zip(configs, said, strict=True):
         if data != said[0]:
             raise AdaptError(f"{config} and {configs[0]} differ in their data: {data}, {said[0]}")

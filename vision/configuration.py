@@ -1,197 +1,41 @@
-"""From a configuration to data, task and trainer."""
+"""What the configurations of the vision domain are made of."""
 
 from __future__ import annotations
 
-import argparse
-import zipfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import Trainer
 
-from ..core.adapters import recipes
-from ..core.errors import AdaptError
-from ..core.recipe import Recipe
-from ..core.run_files import RunFiles
-from ..core.training import require_strategy
+from ..core.configuration import Domain
 from .backbones import BACKBONES, Backbone
-from .complaints import in_one_line
 from .data import ImageData
 from .frozen_prefix import require_fixed_images
+from .measured import TEST_PICTURE, TEST_TABLE, Measured
 from .predict import describe
-from .run_folder import CONFIG, LAST, Measured, StartOfRun
 from .task import ImageClassification
 
-Verb = Literal["fit", "validate", "test"]
 
-_ABOUT = {
-    "fit": "Adapt a frozen backbone to images and write a run folder. "
-    "`--resume FOLDER` goes on with a run that was stopped.",
-    "validate": "Measure an adapter file (--set) or a checkpoint (--ckpt_path): validation part.",
-    "test": "Measure an adapter file (--set) or a checkpoint (--ckpt_path): test part.",
-}
+def _backbone_of(set_file: str | Path) -> Backbone:
+    return describe(set_file).backbone
 
 
-class VisionCLI(LightningCLI):
-    """Parses a configuration and builds data, task and trainer; what is run is up to the caller.
-
-    Lightning's sub-commands are not used: with them, the settings that a checkpoint was made with
-    replace what the user asked for, without a word.
-    """
-
-    folder: Path
-
-    def __init__(self, verb: Verb, argv: Sequence[str]) -> None:
-        self.verb = verb
-        self.set_file = None if verb == "fit" else _taken_out("--set", argv)[0]
-        recipes()  # short names of classes are found among those that are imported
-        # Else they would be taken for plain groups of settings, being dataclasses.
-        set_parsing_settings(subclasses_enabled=[Recipe, Backbone])
-        super().__init__(
-            ImageClassification,
-            ImageData,
-            seed_everything_default=0,
-            trainer_defaults={"max_epochs": 10, "logger": False, "enable_model_summary": False},
-            parser_kwargs={
-                "prog": f"polyadapt vision {verb}",
-                "description": _ABOUT[verb],
-                "exit_on_error": False,
-            },
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            run=False,
-            args=_resumed(argv),
-        )
-
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(Trainer, "trainer")
-        parser.set_defaults({f"trainer.{k}": value for k, value in self.trainer_defaults.items()})
-        if self.set_file is None:
-            parser.add_lightning_class_args(ImageClassification, "model")
-        else:  # the file says what the model is; a model in the configuration is only compared
-            parser.add_argument("--model", type=dict[str, Any] | None)
-        # Lightning's way also allows null, and then an error within the class is told of badly.
-        parser.add_argument("--data", type=ImageData, required=True, help="where images come from")
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        add = parser.add_argument
-        add("--run", type=str | None, help="the run's folder; default: runs/<configuration's name>")
-        add("--overwrite", type=bool, default=False, help="replace a run that is in the folder")
-        add("--monitor", type=str | None, help="keep the epoch with the best value of this metric")
-        add("--monitor_mode", type=Literal["max", "min"], default="max", help="which value is best")
-        add("--ckpt_path", type=str | None, help="fit: go on from here; else: measure this state")
-        if self.verb != "fit":
-            add("--set", type=str | None, help="measure this adapter file")
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        with in_one_line(parser, _class_names()):
-            self.config = parser.parse_args(args)
-        if not isinstance(self.config.trainer, Namespace):
-            said = self.config.trainer
-            raise AdaptError(f"trainer: {said!r} is not allowed: settings such as max_epochs: 10")
-        if self.config.get("set") != self.set_file:
-            raise AdaptError("`set` belongs on the command line: --set FILE")
-        if self.set_file is not None:
-            _refuse_another_backbone(self.config.model, self.set_file)
-        if self.config.ckpt_path is not None:
-            _require_checkpoint(Path(self.config.ckpt_path))
-        files = self.config.get("config") or []
-        name = Path(str(files[-1])).stem if files else "vision"
-        self.folder = Path(self.config.run or f"runs/{name}")
-
-    def instantiate_classes(self) -> None:
-        with in_one_line(self.parser, _class_names()):
-            super().instantiate_classes()
-        if self.set_file is not None:
-            self.model = ImageClassification.from_file(self.set_file)
-        if self.verb == "fit" and self.model.cache_prefix != "none":  # before a file is written
-            require_fixed_images(self.datamodule, self.trainer)
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        given = self.config_init.trainer.callbacks or []
-        given = given if isinstance(given, list) else [given]
-        callbacks = [*given, *self._callbacks()]
-        try:
-            trainer: Trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        except ValueError as error:  # a name or a number that it does not take
-            raise AdaptError(f"trainer: {' '.join(str(error).split())}") from error
-        require_strategy(trainer.strategy)  # before it starts other processes
-        return trainer
-
-    def _callbacks(self) -> list[Callback]:
-        if self.config.trainer.fast_dev_run or self.verb == "validate":
-            return []
-        if self.verb == "test":
-            return [Measured(self.folder)]
-        start = StartOfRun(self.folder, self.effective, fresh=self.config.ckpt_path is None)
-        return [start, RunFiles(self.folder, self.config.monitor, self.config.monitor_mode)]
-
-    def effective(self) -> str:
-        """The configuration with all defaults, as YAML, to be used as it is for another run."""
-        config = self.config.clone()
-        config.run, config.overwrite, config.ckpt_path = str(self.folder), False, None
-        text: str = self.parser.dump(config, skip_none=False, format="yaml")
-        return text
+def _check(task: Any, data: ImageData, trainer: Trainer) -> None:
+    if task.cache_prefix != "none":
+        require_fixed_images(data, trainer)
 
 
-class Parsed(VisionCLI):
-    """A configuration that was read and checked, and nothing built from it."""
-
-    def instantiate_classes(self) -> None:
-        """Nothing."""
-
-
-def _class_names() -> dict[str, list[str]]:
-    """Key of a configuration -> the short names of the classes that it may have."""
-    data = [kind.__name__ for kind in ImageData.__subclasses__()]
-    return {"model.adapter": list(recipes()), "model.backbone": list(BACKBONES), "data": data}
-
-
-def _taken_out(option: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of an option that decides how the others are read, and the other words."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(option, dest="value", nargs="?")
-    found, others = parser.parse_known_args(argv)
-    return found.value, others
-
-
-def _resumed(argv: Sequence[str]) -> list[str]:
-    """`--resume FOLDER` means that run's configuration and the end of its last whole epoch."""
-    resumed, others = _taken_out("--resume", argv)
-    if resumed is None:
-        return list(argv)
-    folder = Path(resumed)
-    for name in (CONFIG, LAST):
-        if not (folder / name).is_file():
-            raise AdaptError(f"cannot resume {folder}: there is no {folder / name}")
-    start = ["--config", str(folder / CONFIG), "--run", resumed]
-    return [*start, "--ckpt_path", str(folder / LAST), *others]
-
-
-def _refuse_another_backbone(model: dict[str, Any] | None, set_file: str) -> None:
-    """A configuration beside an adapter file must not say another backbone than the file."""
-    about = describe(set_file)
-    said = (model or {}).get("backbone")
-    if said is None:
-        return
-    path, settings = (said, {}) if isinstance(said, str) else (said["class_path"], said)
-    kind = str(path).rpartition(".")[2]
-    wanted = Backbone.from_json({"backbone": kind, **settings.get("init_args", {})})
-    if wanted != about.backbone:
-        raise AdaptError(f"{set_file} was made on {about.backbone}, not on {wanted}")
-
-
-def _require_checkpoint(path: Path) -> None:
-    if not path.is_file():
-        raise AdaptError(f"there is no checkpoint {path}")
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-    except (OSError, zipfile.BadZipFile) as error:
-        raise AdaptError(f"{path} is no whole checkpoint: {error}") from error
-    if damaged is not None:
-        raise AdaptError(f"{path} is damaged at {damaged}")
+VISION = Domain(
+    name="vision",
+    things="images",
+    task=ImageClassification,
+    data=ImageData,
+    backbone=Backbone,
+    backbones=list(BACKBONES),
+    subclasses=[Backbone],
+    backbone_of=_backbone_of,
+    measured=Measured,
+    test_files=[TEST_TABLE, TEST_PICTURE],
+    next_words="predict --set {adapter} IMAGE ...",
+    check=_check,
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from lightning.pytorch import LightningDataModule
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ..core.errors import AdaptError
-from ..core.order import EpochSampler
+from ..core.order import EpochAndPosition
 from .lists import read_lists
 from .preprocessing import Augmentation, Preprocessing, vary
 from .sources import (
@@ -67,16 +67,6 @@ class Numbered(Dataset[tuple[Tensor, int, int]]):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int, int]:
         position = key if isinstance(key, int) else key[1]
         return *self.images[key], self.first + position
-
-
-class EpochAndPosition(EpochSampler):
-    """The order of an `EpochSampler`, with its epoch beside every position.
-
-    The epoch has to travel with the position: a copy of the data set in a worker knows no epoch.
-    """
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter([(self.epoch, position) for position in super().__iter__()])
 
 
 class ImageData(LightningDataModule, ABC):

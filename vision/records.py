@@ -17,7 +17,7 @@ from ..core.container import write_atomically
 from ..core.errors import AdaptError
 
 if TYPE_CHECKING:
-    from .configuration import VisionCLI
+    from ..core.configuration import DomainCLI
 
 RECORD = "record.json"
 Part = Literal["val", "test"]
@@ -81,8 +81,8 @@ class Fit:
 
     def record(self) -> Record:
         """Fit and measure, unless that is done."""
-        from .complaints import errors_in_one_line
-        from .fit import calm
+        from ..core.complaints import errors_in_one_line
+        from ..core.fitting import calm
 
         found = self.finished()
         if found is None:
@@ -99,11 +99,12 @@ class Fit:
         return found
 
     def _settings(self) -> str:
-        from .configuration import Parsed
-        from .fit import calm
+        from ..core.configuration import DomainCLI
+        from ..core.fitting import calm
+        from .configuration import VISION
 
         with calm():
-            parsed = Parsed("fit", self.words)
+            parsed = DomainCLI(VISION, "fit", self.words, build=False)
         if parsed.config.monitor is not None:
             raise AdaptError(
                 f"monitor={parsed.config.monitor!r} is not allowed here: what is reported is the"
@@ -158,22 +159,23 @@ def records_csv(records: Sequence[Record]) -> bytes:
 
 
 def _fitted(words: Sequence[str], folder: Path, part: Part) -> dict[str, Any]:
-    from .configuration import VisionCLI
-    from .fit import measure, train
-    from .run_folder import ADAPTER, CONFIG
+    from ..core.configuration import DomainCLI
+    from ..core.fitting import measure, train
+    from ..core.run_folder import ADAPTER, CONFIG
+    from .configuration import VISION
 
-    cli = VisionCLI("fit", words)
+    cli = DomainCLI(VISION, "fit", words)
     start = time.perf_counter()
     train(cli)
     seconds = time.perf_counter() - start
     saved = [f"--config={folder / CONFIG}", f"--set={folder / ADAPTER}"]
-    metrics = measure("validate" if part == "val" else "test", saved, verbose=False)
+    metrics = measure(VISION, "validate" if part == "val" else "test", saved, verbose=False)
     shares = ("top1", "macro_f1", "calibration_error", "loss")
     found = {share: metrics[f"{part}_{share}"] for share in shares}
     return {**_about(cli), **found, "part": part, "seconds": seconds}
 
 
-def _about(cli: VisionCLI) -> dict[str, Any]:
+def _about(cli: DomainCLI) -> dict[str, Any]:
     task, wants = cli.model, cli.model.preprocessing
     spec = task.spec.to_json()
     recipe = task.adapters.recipe

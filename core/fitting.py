@@ -1,4 +1,4 @@
-"""`polyadapt vision fit|validate|test`."""
+"""`polyadapt DOMAIN fit|validate|test`."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 from lightning.pytorch.trainer.states import TrainerStatus
 
-from ..core.errors import AdaptError
 from .complaints import errors_in_one_line
-from .configuration import Verb, VisionCLI
+from .configuration import Domain, DomainCLI, Verb
+from .errors import AdaptError
 from .run_folder import ADAPTER, refuse_to_replace, say_how_to_go_on, say_what_to_do_next
 
 
-def main(verb: str, argv: Sequence[str]) -> int:
+def run(domain: Domain, verb: str, argv: Sequence[str]) -> int:
     """Run a verb with its words; what the user did wrong is an `AdaptError`."""
     with calm(), errors_in_one_line():
         if verb == "fit":
-            trained = fit(argv)
+            trained = fit(domain, argv)
             if trained.trainer.is_global_zero and (trained.folder / ADAPTER).is_file():
-                say_what_to_do_next(trained.folder)
+                say_what_to_do_next(domain.name, trained.folder, domain.next_words)
         else:
-            measure("test" if verb == "test" else "validate", argv)
+            measure(domain, cast(Verb, verb), argv)
     return 0
 
 
-def fit(argv: Sequence[str]) -> VisionCLI:
+def fit(domain: Domain, argv: Sequence[str]) -> DomainCLI:
     """Train; the run folder then holds the adapter file and what the run was."""
-    cli = VisionCLI("fit", argv)
+    cli = DomainCLI(domain, "fit", argv)
     if not (cli.config.overwrite or cli.config.trainer.fast_dev_run):
         refuse_to_replace(cli.folder, cli.config.ckpt_path)
     if cli.trainer.is_global_zero:
@@ -37,12 +38,12 @@ def fit(argv: Sequence[str]) -> VisionCLI:
     try:
         train(cli)
     except KeyboardInterrupt:
-        say_how_to_go_on(cli.folder)
+        say_how_to_go_on(domain.name, cli.folder)
         raise
     return cli
 
 
-def train(cli: VisionCLI) -> None:
+def train(cli: DomainCLI) -> None:
     """Lightning's fit; Ctrl-C stays a KeyboardInterrupt."""
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
@@ -52,14 +53,16 @@ def train(cli: VisionCLI) -> None:
         raise KeyboardInterrupt from None  # Lightning has turned it into exit code 1
 
 
-def measure(verb: Verb, argv: Sequence[str], verbose: bool = True) -> dict[str, float]:
+def measure(
+    domain: Domain, verb: Verb, argv: Sequence[str], verbose: bool = True
+) -> dict[str, float]:
     """Validate or test an adapter file or a checkpoint; the metrics by name."""
-    cli = VisionCLI(verb, argv)
+    cli = DomainCLI(domain, verb, argv)
     if (cli.set_file is None) == (cli.config.ckpt_path is None):
         raise AdaptError(f"{verb} needs what to measure: either --set FILE or --ckpt_path FILE")
-    run = cli.trainer.validate if verb == "validate" else cli.trainer.test
+    ask = cli.trainer.validate if verb == "validate" else cli.trainer.test
     checkpoint = cli.config.ckpt_path
-    found = run(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, verbose=verbose)
+    found = ask(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, verbose=verbose)
     if not found:
         raise AdaptError("there is no validation part: add one, or set val_share above 0")
     return dict(found[0])
@@ -72,7 +75,7 @@ def calm() -> Iterator[None]:
     levels, form = [log.level for log in loggers], warnings.formatwarning
     try:
         with warnings.catch_warnings():
-            # Asked for: images are prepared in between the steps unless num_workers is set.
+            # Asked for: samples are prepared in between the steps unless num_workers is set.
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             # Meant: without a validation part there is none.
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero.*")

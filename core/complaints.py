@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from ..core.errors import AdaptError
+from .errors import AdaptError
 
 Classes = Mapping[str, Collection[str]]
 
