@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -107,14 +107,16 @@ def load(
     *,
     trainable: bool = False,
     strict: bool = True,
+    convert: Callable[[AdapterFile], AdapterFile] | None = None,
 ) -> AdapterSet:
     """Attach the set of a file to a backbone and make it the default.
 
     The backbone must be the one the set was made on: same sites, shapes and frozen weights, by
     digest; `strict=False` lets other weight values (a cast, a fine-tuned copy) pass with a warning.
-    Nothing is changed when anything is refused.
+    `convert` maps what was read to what is attached: a backbone of another class may call the same
+    weights otherwise. Nothing is changed when anything is refused.
     """
-    file = read_file(path)
+    file = read_file(path) if convert is None else convert(read_file(path))
     sites = _fitted(backbone, file, path)
     _check_fingerprint(backbone, file, sites, path, strict)
     own = torch.Generator().manual_seed(0)  # loading must not move the caller's random state
