@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
 import torch
+from torch import nn
 from whisper.model import ModelDimensions, Whisper
 
 from polyadapt.speech.convert import as_transformers
@@ -28,7 +32,11 @@ def tiny_whisper(n_vocab: int = ENGLISH, seed: int = 0) -> Whisper:
 
 def tiny_speech(layout: Layout = "openai", n_vocab: int = ENGLISH, seed: int = 0) -> Speech:
     """The same random weights in either layout."""
+    return speech_of(copy.deepcopy(_made(layout, n_vocab, seed)))
+
+
+@cache
+def _made(layout: Layout, n_vocab: int, seed: int) -> nn.Module:
     model = tiny_whisper(n_vocab, seed)
-    if layout == "openai":
-        return speech_of(model)
-    return speech_of(as_transformers(model).eval().requires_grad_(False))
+    made: nn.Module = as_transformers(model) if layout == "transformers" else model
+    return made.requires_grad_(False)
