@@ -41,7 +41,7 @@ class Drawer(nn.Module):
         self.records = Records()
         self.slots: dict[tuple[str, str | None], WeightSlot | OutputSlot] = {}
         self.stamped: dict[str, Any] = {}
-        self.trained = {n: p.requires_grad for n, p in own_parameters(backbone)}
+        self.trained: dict[str, bool] = {}  # requires_grad of the backbone's parameters before
         self.kept: dict[tuple[str, str], tuple[str, nn.Parameter]] = {}
         self.open: dict[object, Active] = {}  # one per running `activate` of any thread
         self.awake: set[str] = set()  # sets whose parameters may require grad
@@ -121,14 +121,21 @@ class Drawer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "open": {}}  # a copy is in nobody's context
 
+    def freeze(self) -> None:
+        """No parameter of the backbone requires grad until the drawer is removed."""
+        for name, parameter in own_parameters(self.__dict__["backbone"]):
+            self.trained.setdefault(name, parameter.requires_grad)
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+
     def stamp(self, path: str) -> None:
         """Stamp the outputs of every module from the root to `path`, each once."""
-        parts = path.split(".") if path else []
-        for n in range(len(parts) + 1):
-            above = ".".join(parts[:n])
-            if above not in self.stamped:
-                module = module_at(self.__dict__["backbone"], above)
-                self.stamped[above] = module.register_forward_hook(Stamp(self))
+        if path in self.stamped:
+            return
+        module = module_at(self.__dict__["backbone"], path)
+        self.stamped[path] = module.register_forward_hook(Stamp(self))
+        if path:
+            self.stamp(path.rpartition(".")[0])
 
     def unstamp(self) -> None:
         """Take all stamps away."""
@@ -150,8 +157,11 @@ def own_modules(backbone: nn.Module, repeated: bool = False) -> Iterator[tuple[s
             continue
         seen.add(module)
         yield path, module
-        below = [(n, m) for n, m in module._modules.items() if m is not None and n != DRAWER]
-        pending += [(f"{path}.{name}".lstrip("."), child) for name, child in reversed(below)]
+        if module._modules:  # most are leaves
+            prefix = f"{path}." if path else ""
+            for name, child in reversed(module._modules.items()):
+                if child is not None and name != DRAWER:
+                    pending.append((prefix + name, child))
 
 
 def own_parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -159,7 +169,7 @@ def own_parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for path, module in own_modules(backbone, repeated=True):
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield f"{path}.{name}".lstrip("."), parameter
+                yield f"{path}.{name}" if path else name, parameter
 
 
 def find_drawer(backbone: nn.Module) -> Drawer | None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from functools import cache
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -36,7 +38,7 @@ def reach(
     """(slot, why, paths of the readers) for one parameter."""
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise SiteError(f"{path} has max_norm, which writes into the frozen table at each call")
-    readers = [p for p in _ancestors(path) if _reads_inside(model, p, path, parameter)]
+    readers = list(_readers(model, path, parameter))
     if readers:
         owner = type(model.get_submodule(readers[0]))
         inside = path[len(readers[0]) :].lstrip(".")
@@ -45,7 +47,7 @@ def reach(
         return "weight", f"{type(module).__name__} holds the parameter itself", (path,)
     if kind != "transposed linear" and not _is_plain(type(module)):  # type: ignore[arg-type]
         return "weight", f"{type(module).__name__} has a forward of its own", (path,)
-    if getattr(module, "groups", 1) != 1:
+    if vars(module).get("groups", 1) != 1:
         return "weight", "a grouped convolution has no low-rank path of its own", (path,)
     return "output", "the layer is called", ()
 
@@ -62,27 +64,38 @@ def _is_plain(layer: type[nn.Module]) -> bool:
         return False
 
 
-def _reads_inside(model: nn.Module, ancestor: str, path: str, parameter: str) -> bool:
-    inside = path[len(ancestor) :].lstrip(".")
-    owner = type(module_at(model, ancestor))
-    return _reads(owner, f"{inside}.{parameter}")  # type: ignore[arg-type]  # classes hash
+def _readers(model: nn.Module, path: str, parameter: str) -> Iterator[str]:
+    """Paths above `path`, nearest first, of modules that read the parameter themselves."""
+    names = path.split(".") if path else []
+    owners = list(accumulate(names, module_at, initial=model))
+    inside = parameter
+    for n in range(len(names) - 1, -1, -1):
+        inside = f"{names[n]}.{inside}"
+        if _reads(type(owners[n]), inside):  # type: ignore[arg-type]  # classes hash
+            yield ".".join(names[:n])
 
 
-def batch_axis_of(model: nn.Module, path: str) -> int:
-    """Where samples lie in what the module at `path` gets: 1 under `batch_first=False`, else 0."""
-    for ancestor_path in (path, *_ancestors(path)):
-        ancestor = module_at(model, ancestor_path)
-        for holder in (ancestor, *ancestor.children()):
-            first = vars(holder).get("batch_first")  # a plain attribute: no walk through parameters
-            if isinstance(first, bool):
-                return 0 if first else 1
-    return 0
+def batch_axis_of(model: nn.Module, path: str, known: dict[str, int]) -> int:
+    """Where samples lie in what the module at `path` gets: 1 under `batch_first=False`, else 0.
+
+    `known`: what has been found for other paths of this model, to add to.
+    """
+    if path not in known:
+        first = _batch_first(module_at(model, path))
+        if first is None and path:
+            known[path] = batch_axis_of(model, path.rpartition(".")[0], known)
+        else:
+            known[path] = 1 if first is False else 0
+    return known[path]
 
 
-def _ancestors(path: str) -> list[str]:
-    """Paths above `path`, nearest first, down to the root ''."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[:n]) for n in range(len(parts) - 1, -1, -1)]
+def _batch_first(module: nn.Module) -> bool | None:
+    """What a module, or a child of it, says about itself."""
+    for holder in (module, *module._modules.values()):
+        first = vars(holder).get("batch_first") if holder is not None else None
+        if isinstance(first, bool):
+            return first
+    return None
 
 
 @cache

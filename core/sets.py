@@ -18,7 +18,6 @@ from .drawer import (
     drawer_of,
     find_drawer,
     make_drawer,
-    own_parameters,
     remove_drawer,
     same_device,
 )
@@ -300,8 +299,7 @@ def install(backbone: nn.Module, made: AdapterSet) -> None:
         if not drawer.sets:
             remove_drawer(drawer)
         raise
-    for _, parameter in own_parameters(backbone):
-        parameter.requires_grad_(False)
+    drawer.freeze()
     drawer.holder[f"set_{made.name}"] = made
     made.__dict__["drawer"] = drawer
     switch(backbone, made.name)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from .drawer import own_modules, own_parameters
+from .drawer import own_modules
 from .errors import SiteError
 from .kinds import is_called_layer, kind_of, parts_of, stored_at, width_of
 from .patterns import Pattern, parse
@@ -95,26 +96,36 @@ class _Names:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules = dict(own_modules(model))
-        self.parameters = {
-            f"{path}.{name}".lstrip("."): (path, name)
-            for path, module in self.modules.items()
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        }
+        self.modules: dict[str, nn.Module] = {}
+        self.parameters: dict[str, tuple[str, str]] = {}
+        self.holders: dict[int, list[str]] = {}  # by weight: every name that it is held under
+        met: set[nn.Module] = set()
+        for path, module in own_modules(model, repeated=True):
+            again = module in met
+            if not again:
+                met.add(module)
+                self.modules[path] = module
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                whole = f"{path}.{name}" if path else name
+                if not again:
+                    self.parameters[whole] = path, name
+                if not is_lazy(parameter) and parameter.numel():
+                    self.holders.setdefault(_identity(parameter), []).append(whole)
 
-    def matching(self, pattern: Pattern) -> list[tuple[str, str | None]]:
+    def matching(self, pattern: Pattern) -> Sequence[tuple[str, str | None]]:
         """(module path, parameter or None) of all modules, else all parameters, that match."""
         for tail in (False, True):
             fits = pattern.matcher(tail).fullmatch
-            parameters = [whole for whole in self.parameters if fits(whole)]
-            modules = [
-                path for path, m in self.modules.items() if path and fits(path) and _holds(m)
-            ]
-            if modules and not pattern.path.endswith("**"):  # a last `**` means every parameter
-                return [(path, None) for path in modules]
+            if not pattern.path.endswith("**"):  # a last `**` means every parameter
+                hits = [path for path in filter(fits, self.modules) if path]
+                modules = [(path, None) for path in hits if _holds(self.modules[path])]
+                if modules:
+                    return modules
+            parameters = [place for whole, place in self.parameters.items() if fits(whole)]
             if parameters:
-                return [self.parameters[whole] for whole in parameters]
+                return parameters
         return []
 
     def nearest(self, path: str) -> str:
@@ -127,7 +138,7 @@ class _Names:
 
 def _holds(module: nn.Module) -> bool:
     """Wildcards pass over modules without a parameter (dropout, activations)."""
-    return next(module.parameters(), None) is not None
+    return any(p is not None for m in module.modules() for p in m._parameters.values())
 
 
 def _resolve(names: _Names, text: str) -> list[Site]:
@@ -180,9 +191,8 @@ def _sites_at(names: _Names, path: str, parameter: str | None, pattern: Pattern)
         return [_block_site(path, module)]
     stored_at(module, path, parameter)
     slot, why, readers = reach(names.model, path, module, parameter, kind)
-    base = Site(path, parameter, None, None, kind, (), slot, why, readers)
     return [
-        replace(base, part=part, rows=rows, shape=shape)
+        Site(path, parameter, part, rows, kind, shape, slot, why, readers)
         for part, rows, shape in parts_of(module, path, parameter, kind, pattern)
     ]
 
@@ -221,16 +231,12 @@ def _overlap(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
 
 def _refuse_tied(names: _Names, sites: Sequence[Site]) -> None:
     """A weight held under two names: adapting one would change both, or split them."""
-    holders: dict[int, list[str]] = {}
-    for name, parameter in own_parameters(names.model):
-        if parameter.numel():
-            holders.setdefault(_identity(parameter), []).append(name)
     for site in sites:
         if site.parameter is None:
             continue
         stored = names.modules[site.path]._parameters[site.parameter]
         assert stored is not None, "a resolved site has its parameter"
-        held_as = holders.get(_identity(stored), [])
+        held_as = names.holders.get(_identity(stored), [])
         if len(held_as) > 1:
             raise SiteError(
                 f"{site.name} is tied: the backbone holds one weight as {' and '.join(held_as)};"

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
 def wire(drawer: Drawer, made: AdapterSet) -> None:
     """Make the slots that the set needs, or use those that are there; all or nothing."""
+    backbone: nn.Module = drawer.__dict__["backbone"]
+    batch_axes: dict[str, int] = {}
     try:
         for site, adapter in zip(made.sites, made.modules_in_order, strict=True):
             assert isinstance(adapter, Adapter), "a set holds adapters"
-            slot = _slot(drawer, site, adapter)
-            layer = layer_at(drawer.__dict__["backbone"], site)
+            slot = _slot(drawer, site, adapter, batch_axes)
+            layer = layer_at(backbone, site)
             slot.adapters.setdefault(made.name, []).append((layer, adapter))
             drawer.stamp(site.path)
     except BaseException:
@@ -43,12 +45,15 @@ def unwire(drawer: Drawer, made: AdapterSet) -> None:
             del drawer.slots[key]
 
 
-def _slot(drawer: Drawer, site: Site, adapter: Adapter) -> WeightSlot | OutputSlot:
+def _slot(
+    drawer: Drawer, site: Site, adapter: Adapter, batch_axes: dict[str, int]
+) -> WeightSlot | OutputSlot:
     by_output = site.slot == "output" and offers(adapter, ActsOnOutput)
     key = (site.path, None if by_output else site.parameter)
     if key not in drawer.slots:
         make = _output_slot if by_output else _weight_slot
-        drawer.slots[key] = make(drawer, site)
+        axis = batch_axis_of(drawer.__dict__["backbone"], site.path, batch_axes)
+        drawer.slots[key] = make(drawer, site, axis)
     slot = drawer.slots[key]
     if isinstance(slot, OutputSlot) and adapter.input == "ffn" and slot.ffn is None:
         slot.ffn = FFNInput(drawer.__dict__["backbone"].get_submodule(site.path), site.path)
@@ -59,21 +64,18 @@ def _slot(drawer: Drawer, site: Site, adapter: Adapter) -> WeightSlot | OutputSl
     return slot
 
 
-def _output_slot(drawer: Drawer, site: Site) -> OutputSlot:
-    backbone: nn.Module = drawer.__dict__["backbone"]
-    slot = OutputSlot(drawer, site.path, batch_axis_of(backbone, site.path))
-    module = module_at(backbone, site.path)
+def _output_slot(drawer: Drawer, site: Site, batch_axis: int) -> OutputSlot:
+    slot = OutputSlot(drawer, site.path, batch_axis)
+    module = module_at(drawer.__dict__["backbone"], site.path)
     # Prepended: whisper's key-value cache hooks must see the adapted output, whenever installed.
     slot.handle = module.register_forward_hook(slot, prepend=True, with_kwargs=True)
     return slot
 
 
-def _weight_slot(drawer: Drawer, site: Site) -> WeightSlot:
+def _weight_slot(drawer: Drawer, site: Site, batch_axis: int) -> WeightSlot:
     backbone: nn.Module = drawer.__dict__["backbone"]
     whole = Site(site.path, site.parameter, None, None, site.kind, site.shape, "weight", site.why)
-    slot = WeightSlot(
-        drawer, site.path, batch_axis_of(backbone, site.path), layer_at(backbone, whole)
-    )
+    slot = WeightSlot(drawer, site.path, batch_axis, layer_at(backbone, whole))
     module = module_at(backbone, site.path)
     slot.readers = [backbone.get_submodule(path) for path in site.readers or (site.path,)]
     adapt_parameter(module, site.parameter or "", slot)

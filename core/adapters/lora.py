@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from ..errors import AdaptError
 from ..patterns import parse
 from ..recipe import Adapter, Recipe, decay_groups, require, require_finite, require_rank
 
@@ -71,11 +72,18 @@ class LoRAAdapter(PairAdapter):
 
     def output(self, x: Tensor, y: Tensor, layer: FrozenLayer) -> Tensor:
         """y + s B A drop(x), the factors in x's dtype, the result in y's."""
-        dtype = x.dtype if x.is_floating_point() else y.dtype
         if self.drops(x):
             x = F.dropout(x, self.dropout)
-        branch = layer.up(layer.down(x, self.A.to(dtype)), self.B.to(dtype))
-        return torch.add(y, branch, alpha=self.scale).to(y.dtype)
+        return with_branch(x, y, layer, self.A, self.B, self.scale)
+
+
+def with_branch(
+    x: Tensor, y: Tensor, layer: FrozenLayer, a: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    """y + s B A x, the factors in x's dtype, the result in y's."""
+    dtype = x.dtype if x.is_floating_point() else y.dtype
+    branch = layer.up(layer.down(x, a.to(dtype)), b.to(dtype))
+    return torch.add(y, branch, alpha=scale).to(y.dtype)
 
 
 def widened(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -171,6 +179,8 @@ class LoRA(Recipe):
 
     def rank_at(self, site: Site) -> int:
         """The rank of `ranks` there, else `rank`; patterns that disagree are refused."""
+        if not self.ranks:
+            return self.rank
         found = {rank: pattern for pattern, rank in self.ranks.items() if fits(pattern, site)}
         require(
             len(found) <= 1,
@@ -190,15 +200,16 @@ class LoRA(Recipe):
         d_out, d_in = require_matrix(name, site, weight)
         rank = self.rank_at(site)
         require_rank(name, rank, site)
-        require(
-            self.dropout == 0 or site.slot == "output",
-            f"{name}: dropout={self.dropout} cannot act on {site.name}: {site.why}, so the adapter"
-            " never sees an input; set dropout=0",
-        )
+        if self.dropout and site.slot != "output":
+            raise AdaptError(
+                f"{name}: dropout={self.dropout} cannot act on {site.name}: {site.why}, so the"
+                " adapter never sees an input; set dropout=0"
+            )
         embedding = site.kind == "embedding"
-        a = torch.zeros(rank, d_in, dtype=torch.float32, device="cpu")
+        a = torch.empty(rank, d_in, dtype=torch.float32, device="cpu")
         b = torch.zeros(d_out, rank, dtype=torch.float32, device="cpu")
         if embedding:
+            a.zero_()
             b.normal_(generator=generator)
         elif self.init == "gaussian":
             a.normal_(std=self.init_std or d_in**-0.5, generator=generator)
@@ -230,9 +241,11 @@ class LoRA(Recipe):
 
 def require_matrix(method: str, site: Site, weight: Tensor | None) -> tuple[int, int]:
     """(d_out, d_in) of a site that has a weight matrix; other sites are refused by name."""
-    matrix = weight is not None and len(site.shape) == 2
-    what = "a whole module" if weight is None else f"of shape {list(site.shape)}"
-    require(matrix, f"{method}: {site.name} is {what}: a low-rank update needs a weight matrix")
+    if weight is None or len(site.shape) != 2:
+        what = "a whole module" if weight is None else f"of shape {list(site.shape)}"
+        raise AdaptError(
+            f"{method}: {site.name} is {what}: a low-rank update needs a weight matrix"
+        )
     return site.shape[0], site.shape[1]
 
 
