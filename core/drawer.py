@@ -125,8 +125,7 @@ class Drawer(nn.Module):
         """No parameter of the backbone requires grad until the drawer is removed."""
         for name, parameter in own_parameters(self.__dict__["backbone"]):
             self.trained.setdefault(name, parameter.requires_grad)
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
+            parameter.requires_grad = False  # the setter: a lazy layer's parameter has no methods
 
     def stamp(self, path: str) -> None:
         """Stamp the outputs of every module from the root to `path`, each once."""
@@ -210,7 +209,7 @@ def remove_drawer(drawer: Drawer) -> None:
     drawer.guard.remove()
     del backbone._modules[DRAWER]
     for name, parameter in own_parameters(backbone):
-        parameter.requires_grad_(drawer.trained.get(name, parameter.requires_grad))
+        parameter.requires_grad = drawer.trained.get(name, parameter.requires_grad)
 
 
 def check_set_name(name: str, taken: dict[str, AdapterSet]) -> None:

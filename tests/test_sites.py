@@ -196,3 +196,12 @@ def test_a_refused_attachment_changes_nothing() -> None:
     assert [p.requires_grad for p in model.parameters()] == state
     assert "polyadapt_drawer" not in dict(model.named_children())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_layer_without_a_shape_yet_does_not_stand_in_the_way_of_another() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3))
+    adapters = attach(model, LoRA(rank=1), at="0")
+    assert model(torch.ones(1, 4)).requires_grad
+    assert not model[1].weight.requires_grad
+    adapters.detach()
+    assert all(p.requires_grad for p in model.parameters())
