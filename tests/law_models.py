@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polyadapt.core.adapters.gated_cross_attention import attending
+
 WIDTH, TOKENS, BATCH, VOCABULARY = 16, 5, 4, 11
 
 
@@ -173,6 +175,14 @@ class AttentionBlock(Block):
         return super().forward(x + self.proj(F.scaled_dot_product_attention(q, k, v)))
 
 
+class Attending(Around):
+    """A block that looks at features, which its model makes of the block's own state."""
+
+    def act(self, x: Tensor) -> Tensor:
+        with attending(x[:, :2].cos()):
+            return super().act(x)
+
+
 class Unused(nn.Module):
     """Calls `used` only."""
 
@@ -242,5 +252,6 @@ LAYERS = {
     "norm": Layer(lambda: Around(nn.Linear(WIDTH, 12)), "norm.{weight,bias}"),
     "block": Layer(lambda: Around(Block(), d_out=WIDTH), "layer"),
     "block with attention": Layer(lambda: Around(AttentionBlock(), d_out=WIDTH), "layer"),
+    "block with features": Layer(lambda: Attending(Block(), d_out=WIDTH), "layer"),
     "block on a strided state": Layer(lambda: Strided(Block(), d_out=WIDTH), "layer"),
 }

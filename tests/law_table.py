@@ -26,6 +26,7 @@ from polyadapt.core import (
     Bottleneck,
     DoRA,
     FullFineTuning,
+    GatedCrossAttention,
     HeadOnly,
     LayerNormTuning,
     LoRA,
@@ -42,7 +43,8 @@ from polyadapt.tests.law_models import LAYERS
 VECTORS = ("bias", "bias of attention", "norm")
 BLOCKS = ("block", "block on a strided state")
 ATTENDING = ("block with attention",)
-MATRICES = tuple(name for name in LAYERS if name not in (*VECTORS, *BLOCKS, *ATTENDING))
+FEATURES = ("block with features",)
+MATRICES = tuple(name for name in LAYERS if name not in (*VECTORS, *BLOCKS, *ATTENDING, *FEATURES))
 LINEAR = tuple(name for name in MATRICES if "linear" in name or "Conv1D" in name)
 LINEAR = tuple(name for name in LINEAR if name != "linear that is read")
 WHOLE_LINEAR = (*(name for name in LINEAR if "rows" not in name), "linear that is read")
@@ -172,6 +174,11 @@ ROWS = {
         trained=lambda s: 3 * s.shape[0],
         output=True,
         near=False,
+    ),
+    "GatedCrossAttention": beside(
+        GatedCrossAttention(head_width=4),
+        FEATURES,
+        lambda s: 12 * s.shape[0] ** 2 + 12 * s.shape[0] + 2,
     ),
     "BitFit": in_place(BitFit(), ("bias", "bias of attention")),
     "LayerNormTuning": in_place(LayerNormTuning(), ("norm",)),
