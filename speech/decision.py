@@ -67,7 +67,7 @@ class Scenario:
 
     def to_json(self) -> dict[str, Any]:
         """JSON has no infinity: an open end is null."""
-        ends = [None if math.isinf(end) else end for end in (self.low, self.high)]
+        ends = [None if math.isinf(end) else float(end) for end in (self.low, self.high)]
         return {"category": self.category, "snr_db": ends}
 
     @classmethod
@@ -154,6 +154,11 @@ class Costs:
         """The set with the least WER on the average of the scenarios."""
         even = [1 / len(self.scenarios)] * len(self.scenarios)
         return self.least(self.expected(even), among)
+
+    @property
+    def by_level(self) -> bool:
+        """Some columns are about a range of SNRs, so an estimate of it is needed."""
+        return any(math.isfinite(end) for s in self.scenarios for end in (s.low, s.high))
 
     def column(self, label: Label) -> int:
         """The scenario that a mixture belongs to."""
