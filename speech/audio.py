@@ -58,6 +58,56 @@ def pieces(path: str | Path) -> Iterator[Tensor]:
         raise AdaptError(f"{path} holds no sample: there is nothing to hear")
 
 
+def seconds_of(path: str | Path) -> float | None:
+    """How long a recording lasts by its header; None where only decoding it would tell.
+
+    >>> import soundfile
+    >>> soundfile.write("beep.wav", np.zeros(4_000), 8_000)
+    >>> seconds_of("beep.wav")
+    0.5
+    """
+    import soundfile
+
+    try:
+        return float(soundfile.info(path).duration)
+    except (soundfile.LibsndfileError, TypeError):
+        return None
+
+
+class Recording:
+    """A file, or samples [n], heard from front to back: what lies behind is let go.
+
+    >>> recording = Recording(torch.arange(40.0))
+    >>> recording.window(10, 3), recording.ends_by(39), recording.ends_by(40)
+    (tensor([10., 11., 12.]), False, True)
+    """
+
+    def __init__(self, source: str | Path | Tensor) -> None:
+        self.source = source
+        self._rest = iter([source]) if isinstance(source, Tensor) else pieces(source)
+        self._held = torch.empty(0)
+        self._start = 0  # of what is held, in samples
+
+    def window(self, start: int, length: int) -> Tensor:
+        """The samples from `start` on, at most `length`; no later call may ask for earlier ones."""
+        self._reach(start + length)
+        self._held = self._held[max(0, start - self._start) :]
+        self._start = max(start, self._start)
+        return self._held[:length]
+
+    def ends_by(self, place: int) -> bool:
+        """No sample follows from `place` on."""
+        self._reach(place + 1)
+        return self._start + len(self._held) <= place
+
+    def _reach(self, place: int) -> None:
+        while self._start + len(self._held) < place:
+            piece = next(self._rest, None)
+            if piece is None:
+                return
+            self._held = torch.cat([self._held, piece.float()])
+
+
 def log_mel(clips: Sequence[Tensor], n_mels: int = 80, seconds: float = LONGEST) -> Tensor:
     """Whisper's log-mel spectrogram (arXiv 2212.04356) of each clip [n] -> [b, n_mels, frames].
 

@@ -26,7 +26,7 @@ def as_transformers(model: Whisper) -> WhisperForConditionalGeneration:
     """
     from transformers import WhisperForConditionalGeneration
 
-    made = WhisperForConditionalGeneration(_config(model.dims))
+    made = WhisperForConditionalGeneration(configuration(model.dims))
     weights = {to_transformers(name): t.clone() for name, t in model.state_dict().items()}
     weights[_TIED] = weights["model.decoder.embed_tokens.weight"]
     made.load_state_dict(weights, strict=True)
@@ -52,7 +52,7 @@ def as_openai(model: WhisperForConditionalGeneration) -> Whisper:
     return made.train(model.training)
 
 
-def _config(dims: ModelDimensions) -> WhisperConfig:
+def configuration(dims: ModelDimensions) -> WhisperConfig:
     """All of it explicit: the class's defaults are of an English model with another vocabulary."""
     from transformers import WhisperConfig
 
