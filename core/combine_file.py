@@ -7,20 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import container
-from .adapters.adalora import AdaLoRA
-from .adapters.lora import LoRA
 from .combine_rule import Rule
 from .combining import check_weights, combined
 from .drawer import check_set_name
-from .errors import AdaptError, StoreError
-from .recipe import Adapter, Recipe
+from .errors import StoreError
 from .sets import AdapterSet
-from .sites import Site
-from .store import AdapterFile, check_fit, read_file
+from .store import AdapterFile, read_file
+from .unattached import unattached
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ def combine_files(
         container.write(Path(out), {**used[0].record, "name": name}, used[0].tensors)
         return f"{out}: {used[0].path} itself, as {name!r}"
     prints = _fingerprints(used)
-    made = combined([(_unattached(s), s.weight) for s in used], name, rule)
+    made = combined([(unattached(s.file, s.path), s.weight) for s in used], name, rule)
     _write(Path(out), made, used, prints)
     return f"{out}: {_report(made)}"
 
@@ -73,39 +69,6 @@ def _fingerprints(used: list[_Source]) -> dict[str, str]:
         if classes[0] != classes[1]:
             raise StoreError(f"{other.path} is for a {classes[0]}, {first.path} for a {classes[1]}")
     return prints
-
-
-def _unattached(source: _Source) -> AdapterSet:
-    """The file's set without a backbone: low-rank factors need only the sites' shapes."""
-    file = source.file
-    try:
-        adapters = [_adapter(file, site) for site in file.sites]
-        made = AdapterSet(file.name, file.recipe, file.sites, adapters)
-        check_fit(file.tensors, made.state_dict())
-    except AdaptError as error:
-        raise StoreError(f"{source.path}: {error}") from error
-    made.load_state_dict(file.tensors)
-    made.head, made.extra = file.head, file.extra
-    return made
-
-
-def _adapter(file: AdapterFile, site: Site) -> Adapter:
-    held = sum(t.numel() for key, t in file.tensors.items() if key.startswith(f"{site.name}/"))
-    if held < _rank(file.recipe, site) * sum(site.shape):  # before a forgery asks for memory
-        raise StoreError(f"{site.name} has too few numbers for its shape {list(site.shape)}")
-    # A weight of zeros that takes no memory: of the frozen one only the shape is needed.
-    weight, own = torch.zeros(()).expand(site.shape), torch.Generator().manual_seed(0)
-    return file.recipe.build(site, weight, own)
-
-
-def _rank(recipe: Recipe, site: Site) -> int:
-    if isinstance(recipe, LoRA):
-        return recipe.rank_at(site)
-    if isinstance(recipe, AdaLoRA):
-        return recipe.initial_rank or recipe.rank
-    raise StoreError(
-        f"{type(recipe).__name__} has no low-rank update: it combines alone at weight 1 only"
-    )
 
 
 def _write(out: Path, made: AdapterSet, used: list[_Source], prints: dict[str, str]) -> None:

@@ -91,6 +91,7 @@ def _key(site: Site) -> str:
 
 def _pieces(file: AdapterFile, base: Mapping[str, Tensor]) -> dict[str, list[Piece]]:
     """The file's adapters, filled, by the parameter that they change."""
+    file.recipe.check(file.sites)
     built = [_piece(file, site, base[_key(site)]) for site in file.sites]
     bank = file.recipe.build_bank(file.sites, torch.Generator().manual_seed(0))
     made = AdapterSet(file.name, file.recipe, file.sites, [a for _, a in built], bank).eval()

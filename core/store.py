@@ -48,19 +48,27 @@ def save(adapter_set: AdapterSet, path: str | Path, *, training_state: bool = Fa
     What inference needs is stored; `training_state=True` keeps what only training needs (MoSA's
     experts). The file is written beside its place and renamed, so it is whole or not there.
     """
+    recipe = adapter_set.recipe if training_state else adapter_set.recipe.deployed()
     tensors = adapter_set.state_dict() if training_state else adapter_set.deployed_state()
-    tensors |= {_HEAD + key: tensor for key, tensor in adapter_set.head.items()}
+    save_form(adapter_set, path, (recipe, adapter_set.sites, tensors))
+
+
+def save_form(
+    adapter_set: AdapterSet, path: str | Path, form: tuple[Recipe, Sites, Mapping[str, Tensor]]
+) -> None:
+    """The same of what the set was converted to: by `live_ranks.as_lora`, or by `compact`."""
+    recipe, sites, own = form
+    tensors = dict(own) | {_HEAD + key: tensor for key, tensor in adapter_set.head.items()}
     for name, tensor in tensors.items():
         if not all_finite(tensor):
             raise StoreError(f"set {adapter_set.name!r} is not saved: {name} holds NaN or infinity")
-    recipe = adapter_set.recipe if training_state else adapter_set.recipe.deployed()
     backbone = adapter_set.backbone
     record = {
         "format": FORMAT,
         "name": adapter_set.name,
         "recipe": recipe.to_json(),
-        "sites": [{f: getattr(site, f) for f in _SITE_FIELDS} for site in adapter_set.sites],
-        "fingerprint": fingerprint(backbone, adapter_set.sites),
+        "sites": [{f: getattr(site, f) for f in _SITE_FIELDS} for site in sites],
+        "fingerprint": fingerprint(backbone, sites),
         "backbone_class": f"{type(backbone).__module__}.{type(backbone).__qualname__}",
         "versions": _versions(backbone),
         "extra": adapter_set.extra,

@@ -32,6 +32,7 @@ from polyadapt.core import (
     LoRA,
     MoSA,
     Recipe,
+    S2LoRA,
     Site,
     attach,
     load,
@@ -76,6 +77,11 @@ def size(s: Site) -> int:
 def pair(s: Site) -> int:
     """A [3, d_in] and B [d_out, 3]."""
     return 3 * sum(s.shape)
+
+
+def pair_per_shape(sites: Sequence[Site]) -> int:
+    """A pair for each distinct shape: S2LoRA's bank."""
+    return 3 * sum(sum(shape) for shape in {s.shape for s in sites})
 
 
 def serial(s: Site) -> int:
@@ -137,6 +143,10 @@ ROWS = {
         # noise of 1/4 in a third factor, E: a scale 4 times as large makes the update as large
         AdaLoRA(rank=2, initial_rank=3, alpha=24),
         trained=lambda s: 3 * (sum(s.shape) + 1),
+    ),
+    "S2LoRA": replace(
+        both_forms(S2LoRA(rank=3, alpha=24, share="shape"), trained=lambda s: 3),
+        shared=pair_per_shape,
     ),
     "IA3": both_forms(IA3(), trained=lambda s: s.shape[0]),
     "IA3, inputs": replace(

@@ -9,8 +9,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from polyadapt.core import AdaLoRA, AdaptError, Recipe, attach, select
-from polyadapt.core.adapters.adalora import AdaLoRAAdapter, Budget, as_lora, keep_best
+from polyadapt.core.adapters.adalora import AdaLoRAAdapter, Budget, keep_best
 from polyadapt.core.adapters.lora import LoRAAdapter, Pair
+from polyadapt.core.live_ranks import as_lora
 from polyadapt.tests.adalora_cases import adalora, chain
 from polyadapt.tests.factor_cases import layers, site_at, stir
 

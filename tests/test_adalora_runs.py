@@ -11,8 +11,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from polyadapt.core import AdaLoRA, AdaptError, AdapterSet, LoRA, attach, load
-from polyadapt.core.adapters.adalora import as_lora, ranks
 from polyadapt.core.errors import StoreError
+from polyadapt.core.live_ranks import as_lora, ranks
 from polyadapt.tests.adalora_cases import adalora, chain, train
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -195,7 +195,7 @@ def test_the_live_triplets_are_a_plain_lora() -> None:
 def test_a_dead_site_is_left_out_of_the_plain_lora() -> None:
     model = chain()
     made = attach(model, AdaLoRA(rank=2), at="{0,2}")
-    with pytest.raises(AdaptError, match="no live triplet"):
+    with pytest.raises(AdaptError, match="no live rank"):
         as_lora(made)
     adalora(made)[1].E.data[1] = 3.0
     recipe, sites, tensors = as_lora(made)

@@ -26,12 +26,11 @@ from ..recipe import (
     require_rank,
     steps_of,
 )
-from ..sites import Site, Sites
-from .lora import LoRA, Pair, PairAdapter, fits, require_matrix, widened, without_autocast
+from ..sites import Site
+from .lora import Pair, PairAdapter, require_matrix, widened, with_branch, without_autocast
 
 if TYPE_CHECKING:
     from ..layers import FrozenLayer
-    from ..sets import AdapterSet
 
 INIT_STD = 0.02
 
@@ -82,11 +81,9 @@ class AdaLoRAAdapter(PairAdapter):
 
     def output(self, x: Tensor, y: Tensor, layer: FrozenLayer) -> Tensor:
         """y + s B (E * A) drop(x), the factors in x's dtype, the result in y's."""
-        dtype = x.dtype if x.is_floating_point() else y.dtype
         if self.drops(x):
             x = F.dropout(x, self.dropout)
-        branch = layer.up(layer.down(x, self._weighted().to(dtype)), self.B.to(dtype))
-        return torch.add(y, branch, alpha=self.scale).to(y.dtype)
+        return with_branch(x, y, layer, self._weighted(), self.B, self.scale)
 
     def _weighted(self) -> Tensor:
         """diag(E) A: scaling the small factor keeps no activation more than LoRA does."""
@@ -94,10 +91,8 @@ class AdaLoRAAdapter(PairAdapter):
 
     def departures(self) -> tuple[Tensor, Tensor]:
         """||A A^T - I||_F and ||B^T B - I||_F."""
-        with without_autocast(self.A):
-            one = torch.eye(len(self.E), dtype=self.A.dtype, device=self.A.device)
-            a, b = self.A @ self.A.t() - one, self.B.t() @ self.B - one
-            return torch.linalg.matrix_norm(a), torch.linalg.matrix_norm(b)
+        a, b = gram_error(self.A), gram_error(self.B.t())
+        return torch.linalg.matrix_norm(a), torch.linalg.matrix_norm(b)
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
@@ -135,6 +130,12 @@ class AdaLoRAAdapter(PairAdapter):
         return f"live={self.rank()}, {super().extra_repr()}"
 
 
+def gram_error(rows: Tensor) -> Tensor:
+    """M M^T - I for M [r, d]: zero when the rows are orthonormal."""
+    with without_autocast(rows):
+        return rows @ rows.t() - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+
+
 def _rows(a: Tensor, e: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a, e[:, None], b.t()], dim=1)
 
@@ -159,7 +160,7 @@ class AdaLoRA(Recipe):
     `AdaptedModule` does. I' and U' are part of `state_dict`, so a resumed run chooses alike.
     The file leaves them out and keeps all r0 triplets: pruned ones add exact zeros, and without
     them sums would round differently. It loads with `allocate=False`, under which no choice is
-    made and no mean is kept. `as_lora` makes the smaller, plain LoRA.
+    made and no mean is kept. `live_ranks.as_lora` makes the smaller, plain LoRA.
 
     Raises `AdaptError` for settings out of range, sites without a weight matrix, an initial rank
     that does not fit, and from `after_step` when T or the gradients are missing.
@@ -291,53 +292,3 @@ def keep_best(adapters: Sequence[AdaLoRAAdapter], budget: int) -> None:
     dead = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, pruned, True)
     for adapter, own in zip(adapters, dead.split([len(a.E) for a in adapters]), strict=True):
         adapter.E.masked_fill_(own, 0)
-
-
-def ranks(adapters: AdapterSet) -> dict[str, int]:
-    """Site name -> live triplets."""
-    return {s.name: cast("AdaLoRAAdapter", a).rank() for s, a in adapters.pairs()}
-
-
-def as_lora(adapters: AdapterSet) -> tuple[LoRA, Sites, dict[str, Tensor]]:
-    """The live triplets as a plain LoRA: recipe, sites and tensors, s and E folded into B.
-
-    Sites without a live triplet are left out. The products are the same but for rounding. Where the
-    name of one site is the tail of another's, all have the largest rank: zeros fill the rest.
-
-    >>> from polyadapt.core import attach
-    >>> model = nn.Sequential(nn.Linear(8, 8))
-    >>> made = attach(model, AdaLoRA(rank=2), at="0")
-    >>> with torch.no_grad():
-    ...     _ = made.adapters["0"].E.copy_(torch.tensor([0.0, 2.0, 3.0]))
-    >>> recipe, sites, tensors = as_lora(made)
-    >>> plain = attach(model, recipe, sites, name="plain")
-    >>> plain.load_state_dict(tensors)
-    >>> plain.trainable_count()
-    32
-    """
-    live = [(s, cast("AdaLoRAAdapter", a)) for s, a in adapters.pairs()]
-    live = [(s, a) for s, a in live if a.rank()]
-    require(bool(live), f"set {adapters.name!r} has no live triplet: there is nothing to convert")
-    recipe = _lora_of({s: a.rank() for s, a in live})
-    tensors: dict[str, Tensor] = {}
-    for site, adapter in live:
-        a, b, e = adapter.A.detach(), adapter.B.detach(), adapter.E.detach()
-        rank, own = recipe.rank_at(site), e != 0
-        scale, missing = adapter.scale / recipe.scale_of(rank), rank - adapter.rank()
-        tensors[f"{site.name}/A"] = F.pad(a[own], (0, 0, 0, missing))
-        tensors[f"{site.name}/B"] = F.pad(b[:, own] * (scale * e[own]), (0, missing))
-    return recipe, Sites(site for site, _ in live), tensors
-
-
-def _lora_of(wanted: Mapping[Site, int]) -> LoRA:
-    """LoRA of these ranks; of the largest alone where names as patterns fit other sites, too."""
-    largest = max(wanted.values())
-    recipe = LoRA(
-        rank=largest, ranks={s.name: r for s, r in wanted.items() if r != largest}, alpha=1.0
-    )
-    clash = any(
-        fits(name, site) and rank != wanted[site]
-        for name, rank in recipe.ranks.items()
-        for site in wanted
-    )
-    return recipe.replace(ranks={}) if clash else recipe

@@ -47,7 +47,7 @@ def proximal_step(optimizer: Optimizer, step: int, total: int | None = None) -> 
             continue
         threshold = float(group["lr"]) * group[L1]
         for p in group["params"]:
-            p.copy_(F.softshrink(p, threshold))
+            p.copy_(F.softshrink(p, threshold)).add_(0.0)  # -0 becomes 0
 
 
 def _warmup(duration: int | float, total: int | None) -> int:

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.s2lora import S2LoRA
 from ..errors import StoreError
 from ..kinds import layer_at
+from ..low_rank import folded
 from ..recipe import Adapter, LowRank, Recipe
 from ..sets import AdapterSet, check_tensors
 from ..sites import Site
 from ..store import AdapterFile
+from ..unattached import unattached
 from .reads import refuse_unless_called
 from .tensors import PREFIX, Place, own_shape, refuse_kind, refuse_layer
 
@@ -74,6 +77,10 @@ def _labels(extra: Mapping[str, Any]) -> Mapping[str, Any]:
 def from_file(file: AdapterFile) -> Export:
     """What a file's set is written from, without its backbone."""
     method = type(file.recipe).__name__
+    if isinstance(file.recipe, S2LoRA):
+        made = unattached(file, "the file")
+        pieces = [_piece(made, site, adapter) for site, adapter in made.pairs()]
+        return Export(file.recipe, pieces, file.head, _labels(file.extra), None)
     if method not in _FORMS:
         raise _no_form(method)
     factors = {"LoRA": "AB", "DoRA": "ABm", "AdaLoRA": "ABE"}[method]
@@ -106,7 +113,10 @@ def _piece(adapters: AdapterSet, site: Site, adapter: Adapter) -> Piece:
     if not isinstance(adapter, LowRank):
         raise _no_form(type(adapters.recipe).__name__)
     a, b, p, scale = adapter.factors()
-    return Piece(site, {"A": a if p is None else p[:, None] * a, "B": b}, scale)
+    if p is None:
+        return Piece(site, {"A": a, "B": b}, scale)
+    live = folded((a, b, p, 1.0), 1.0)  # dead ranks are left out, but for one where all are
+    return Piece(site, {"A": live.A, "B": live.B}, scale)
 
 
 def _no_form(method: str) -> StoreError:
