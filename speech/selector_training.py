@@ -22,9 +22,13 @@ _SHORTEST = 50  # frames of a training crop
 
 @dataclass(frozen=True)
 class Examples:
-    """Mixtures that are ready to train on: log-mel [n, mels, frames], class [n], SNR in dB [n]."""
+    """Mixtures that are ready to train on: log-mel [n, mels, t], class [n], SNR in dB [n].
+
+    `frames` [n] of the log-mel are a clip's own, the others pad it.
+    """
 
     mel: Tensor
+    frames: Tensor
     category: Tensor
     snr_db: Tensor
 
@@ -42,8 +46,9 @@ def examples(
 ) -> Examples:
     """`count` mixtures of clean clips [n] with the scenes, each scene as often as another.
 
-    A clip is cut or tiled to `seconds`. The order of the scenes is the order of the classes.
-    Split speakers and recordings before this, not after.
+    A clip longer than `seconds` is cut somewhere, a shorter one stays as it is, since the selector
+    is to hear such clips. The order of the scenes is the order of the classes. Split speakers and
+    recordings before this, not after.
     """
     if not clips or not scenes:
         raise AdaptError(f"{len(clips)} clips and {len(scenes)} scenes give no examples")
@@ -51,6 +56,7 @@ def examples(
     mixtures, snrs = zip(*made, strict=True)
     return Examples(
         log_mel(mixtures, n_mels, seconds),
+        torch.tensor([-(-mixture.numel() // HOP) for mixture in mixtures]),
         torch.arange(count) % len(scenes),
         torch.tensor(snrs).clamp(*SNR_RANGE),
     )
@@ -61,7 +67,7 @@ def _example(
 ) -> tuple[Tensor, float]:
     generator = seeded("selector", seed, i)
     clip = clips[int(torch.randint(len(clips), (), generator=generator))]
-    clip = fitted(clip, frames_of(seconds) * HOP, generator)
+    clip = fitted(clip, min(clip.numel(), frames_of(seconds) * HOP), generator)
     mixture, label = scenes[i % len(scenes)].draw(clip, generator)
     return mixture, label.snr_db
 
@@ -77,7 +83,7 @@ def train(
 ) -> list[float]:
     """Cross-entropy + MSE(SNR/10) by AdamW with a cosine; returns the losses, in eval mode.
 
-    Each step hears a part of random length of its clips, so that short clips are nothing new.
+    Each step hears a start of random length of its clips, so that short clips are nothing new.
     """
     generator = seeded("selector-training", seed)
     optimiser = torch.optim.AdamW(selector.parameters(), lr=lr, weight_decay=1e-4)
@@ -86,7 +92,7 @@ def train(
     selector.train()
     for _ in range(steps):
         rows = torch.randint(len(data), (batch_size,), generator=generator)
-        found = selector(_cropped(data.mel[rows], generator))
+        found = selector(*_cropped(data.mel[rows], data.frames[rows], generator))
         loss = torch.zeros(())
         if selector.classes:
             loss = loss + F.cross_entropy(found.logits, data.category[rows])
@@ -101,12 +107,11 @@ def train(
     return losses
 
 
-def _cropped(mel: Tensor, generator: torch.Generator) -> Tensor:
-    longest = mel.shape[-1]
+def _cropped(mel: Tensor, frames: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    longest = int(frames.max())
     shortest = min(_SHORTEST, longest)
     length = int(torch.randint(shortest, longest + 1, (), generator=generator))
-    start = int(torch.randint(longest - length + 1, (), generator=generator))
-    return mel[..., start : start + length]
+    return mel[..., :length], frames.clamp(max=length)
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,8 @@ class Measured:
 @torch.no_grad()
 def measure(selector: Selector, data: Examples, batch_size: int = 64) -> Measured:
     """Measure on examples of other speakers and recordings than those of the training."""
-    parts = [selector(mel) for mel in data.mel.split(batch_size)]
+    batches = zip(data.mel.split(batch_size), data.frames.split(batch_size), strict=True)
+    parts = [selector(mel, frames) for mel, frames in batches]
     logits, snr = (torch.cat(list(column)) for column in zip(*parts, strict=True))
     classes = len(selector.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)

@@ -48,22 +48,24 @@ def side_speaker(length: int, generator: Generator) -> Tensor:
 
 
 def music(length: int, generator: Generator) -> Tensor:
-    """Chords of three harmonic tones that decay, on a grid of beats."""
-    beat = int(SAMPLE_RATE * _between(0.25, 0.6, generator))
-    root = _between(110, 220, generator)
-    count = math.ceil(length / beat)
+    """Chords of three bright tones that decay, on a grid of beats, and a drum of noise on each."""
+    beat = int(SAMPLE_RATE * _between(0.2, 0.5, generator))
+    root = _between(130, 390, generator)
+    skipped = int(torch.randint(beat, (), generator=generator))  # it may begin within a beat
+    count = math.ceil((length + skipped) / beat)
     degrees = torch.randint(0, 7, (count, 1), generator=generator) + torch.tensor([0, 2, 4])
     scale = torch.tensor([0, 2, 4, 5, 7, 9, 11])
-    notes = scale[degrees % 7] + 12 * (degrees // 7)
-    pitch = root * 2 ** (notes / 12)
+    pitch = root * 2 ** ((scale[degrees % 7] + 12 * (degrees // 7)) / 12)
     time = torch.arange(beat) / SAMPLE_RATE
-    decay = torch.exp(-time * _between(2, 8, generator)) * (time / 0.005).clamp(max=1)
-    bright = _between(0.4, 0.8, generator)
+    bright = _between(0.6, 0.9, generator)
     played = torch.zeros(count, beat)
-    for harmonic in range(1, 9):
+    for harmonic in range(1, 11):
         tones = torch.sin(2 * math.pi * harmonic * pitch[..., None] * time).sum(1)
         played += bright**harmonic * tones
-    return unit_power((played * decay).flatten()[:length])
+    attack = (time / 0.005).clamp(max=1)
+    played *= attack * torch.exp(-time * _between(2, 8, generator))
+    drum = torch.randn(count, beat, generator=generator) * torch.exp(-40 * time)
+    return unit_power((played + drum).flatten()[skipped : skipped + length])
 
 
 def white(length: int, generator: Generator) -> Tensor:

@@ -6,6 +6,7 @@ together. The bootstrap is paired: both ways of transcribing are scored on the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 
 import torch
@@ -71,6 +72,26 @@ def gain_of(
         raise AdaptError(f"no errors were measured with {', '.join(sorted(odd))}")
     selected = [errors[name][i] for i, name in enumerate(picked)]
     return paired_bootstrap(errors[costs.best_fixed()], selected, words, groups)
+
+
+def best_edge(low: Sequence[float], high: Sequence[float], snr_db: Sequence[float]) -> float:
+    """The SNR below which the set `low` should be used and above which the set `high`.
+
+    That with the fewest word errors, given both sets' errors on every utterance and the selector's
+    estimate of its SNR in dB. Infinite where one set is better throughout.
+
+    >>> best_edge([0, 0, 3], [2, 1, 0], [-5.0, 0.0, 10.0])
+    5.0
+    """
+    _check_lengths({"low": low, "high": high, "estimates": snr_db})
+    rows = sorted(zip(snr_db, low, high, strict=True))
+    ends = [-math.inf, *(snr for snr, _, _ in rows), math.inf]
+    totals = [sum(high)]  # edge before the first utterance, after the first, ...
+    for _, below, above in rows:
+        totals.append(totals[-1] + below - above)
+    places = [i for i in range(len(totals)) if ends[i] < ends[i + 1]]  # equal ones stay together
+    best = min(places, key=totals.__getitem__)
+    return (ends[best] + ends[best + 1]) / 2
 
 
 def paired_bootstrap(

@@ -17,7 +17,7 @@ from polyadapt.speech.decision import (
     predicted,
 )
 from polyadapt.speech.noise import Label
-from polyadapt.speech.validation import costs_of, gain_of, paired_bootstrap
+from polyadapt.speech.validation import best_edge, costs_of, gain_of, paired_bootstrap
 
 CLASSES = ("babble", "music", "noise", "side")
 # WER of each set at -10 dB under each category, Whisper base (arXiv 2502.01709, table I).
@@ -240,6 +240,19 @@ def test_costs_and_gain_come_from_the_errors_of_the_validation() -> None:
         costs_of(errors, words, labels, (Scenario("z"),))
     with pytest.raises(AdaptError, match="utterances must be the same for all"):
         costs_of(errors, words[1:], labels, (Scenario("x"),))
+
+
+def test_the_best_edge_between_two_levels_is_found_on_the_validation_errors() -> None:
+    """Estimates -4, 0, 4, 8: the set for loud noise is better at the first three."""
+    loud, quiet = [1.0, 1.0, 2.0, 6.0], [5.0, 4.0, 3.0, 1.0]
+    order = [2, 0, 3, 1]
+    shuffled = ([column[i] for i in order] for column in (loud, quiet, [-4.0, 0.0, 4.0, 8.0]))
+    assert best_edge(*shuffled) == 6.0
+    assert best_edge([1.0, 1.0], [2.0, 2.0], [0.0, 3.0]) == math.inf  # it is always better
+    assert best_edge([2.0, 2.0], [1.0, 1.0], [0.0, 3.0]) == -math.inf
+    assert best_edge([0.0, 9.0, 9.0], [1.0, 0.0, 8.0], [1.0, 1.0, 3.0]) == -math.inf
+    with pytest.raises(AdaptError, match="utterances must be the same for all"):
+        best_edge([1.0], [2.0], [])
 
 
 @pytest.mark.parametrize("scenario", [Scenario(), Scenario("x", low=-3), Scenario("x", -3, 4.5)])
