@@ -27,7 +27,8 @@ class FusionSizes:
     """The sizes of a fusion module; the defaults are the published ones.
 
     `features`: None for mouth crops [b, 1, f, crop, crop], else the width of precomputed features
-    [b, f, features]. `window` is in mel frames (1.6 s).
+    [b, f, features]. `window` is in mel frames (1.6 s). `zero_fill`: past a clip's end Whisper gets
+    zeros, as in the public code; else the noisy mel's own silence, which zero is not.
 
     >>> FusionSizes.from_json(FusionSizes(layers=2).to_json()) == FusionSizes(layers=2)
     True
@@ -45,6 +46,7 @@ class FusionSizes:
     window: int = 160
     features: int | None = None
     public_layout: bool = False
+    zero_fill: bool = False
 
     def __post_init__(self) -> None:
         for name in ("video_channels", "video_blocks"):
@@ -52,7 +54,8 @@ class FusionSizes:
             if not isinstance(value, list | tuple) or len(value) != 4 or not _counts(value):
                 raise AdaptError(f"fusion: {name}={value!r} is not allowed: 4 whole numbers from 1")
             object.__setattr__(self, name, tuple(value))  # a list when read from JSON
-        plain = {f.name for f in fields(self)} - {"video_channels", "video_blocks", "public_layout"}
+        plain = {f.name for f in fields(self)} - {"video_channels", "video_blocks"}
+        plain -= {"public_layout", "zero_fill"}
         for name in sorted(plain - ({"features"} if self.features is None else set())):
             if not _counts([getattr(self, name)]):
                 raise AdaptError(
@@ -62,8 +65,8 @@ class FusionSizes:
             raise AdaptError("fusion: audio_blocks is at least 2 and window a multiple of 4")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; tuples become lists in JSON."""
-        return asdict(self)
+        """Plain values, as they come back from JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> FusionSizes:
@@ -103,12 +106,26 @@ class Fusion(nn.Module):
         fused: Tensor = self.attention(self.audio(mel), self.video(video))
         return fused.transpose(1, 2)
 
+    def restored(self, mel: Tensor, video: Tensor, frames: Tensor | None = None) -> Tensor:
+        """Whisper's input: mel [b, mels, t], fused where video is and the clips [b] have frames."""
+        span = MELS_PER_FRAME * self._pictures(video)
+        if span > mel.shape[2]:
+            raise AdaptError(
+                f"fusion: the video lasts {span} mel frames, but the mel has {mel.shape[2]}"
+            )
+        rest = torch.zeros_like(mel) if self.sizes.zero_fill else mel
+        fused = torch.cat([self(mel[..., :span], video).to(mel.dtype), rest[..., span:]], dim=-1)
+        if frames is None:
+            return fused
+        index = torch.arange(mel.shape[2], device=mel.device)
+        return torch.where((index < frames.to(mel.device)[:, None])[:, None], fused, rest)
+
     def check(self, mel: Tensor, video: Tensor) -> None:
         """Refuse what does not fit together, in one line."""
         s = self.sizes
         if mel.ndim != 3 or mel.shape[1] != s.mels:
             raise AdaptError(f"fusion: the mel is {list(mel.shape)}, expected [batch, {s.mels}, t]")
-        frames = video.shape[1 if s.features else 2] if video.ndim > 2 else 0
+        frames = self._pictures(video)
         tail = [frames, s.features] if s.features else [1, frames, s.crop, s.crop]
         if frames == 0 or list(video.shape) != [len(mel), *tail]:
             wanted = f"f, {s.features}" if s.features else f"1, f, {s.crop}, {s.crop}"
@@ -120,6 +137,10 @@ class Fusion(nn.Module):
                 f"fusion: {frames} video frames at 25 Hz are {MELS_PER_FRAME * frames} mel frames,"
                 f" but the mel has {mel.shape[2]}: cut both to the same time (`trimmed`)"
             )
+
+    def _pictures(self, video: Tensor) -> int:
+        axis = 1 if self.sizes.features else 2
+        return video.shape[axis] if video.ndim > axis else 0
 
 
 class WindowedFusion(nn.Module):
