@@ -100,3 +100,22 @@ def test_random_states_come_back() -> None:
     _ = torch.rand(5), numpy.random.rand(1), random.random()
     set_random_states(states)
     assert (torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.random()) == drawn
+
+
+@pytest.mark.parametrize("length", [40, 43])
+def test_batches_of_like_size_hold_every_sample_once(length: int) -> None:
+    sizes = [(7 * i) % length for i in range(length)]
+    sampler = EpochSampler(length, seed=1, sizes=sizes, batch_size=4, pool=100)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert sorted(order) == list(range(length))
+        spans = [
+            max(sizes[i] for i in order[at : at + 4]) - min(sizes[i] for i in order[at : at + 4])
+            for at in range(0, length, 4)
+        ]
+        assert max(spans) == 3, "one pool: neighbours in size are together"
+        orders.append(order)
+    assert len({tuple(order) for order in orders}) == 3
+    assert list(EpochSampler(length, seed=1, sizes=sizes, batch_size=4, pool=100)) == orders[0]

@@ -67,6 +67,11 @@ def configuration(**changes: Any) -> dict[str, Any]:
         "data": {"class_path": "ArrayData", "init_args": {"path": "arrays.npz", "batch_size": 6}},
         "trainer": {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu"},
     }
+    return changed(made, **changes)
+
+
+def changed(made: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A configuration with other values by their keys, dots as `__`; None takes a key away."""
     for key, value in changes.items():
         *above, last = key.split("__")
         place = made
