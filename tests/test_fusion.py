@@ -77,6 +77,23 @@ def test_in_the_public_layout_a_frame_reaches_fourteen() -> None:
     assert _reached(layer, 13) == list(range(27))  # it lies in two rows
 
 
+def test_a_layer_is_attention_of_whole_width_heads_then_a_linear_map() -> None:
+    """LN(MHA(q, a, a) + a), LN(W x + x), written out head by head."""
+    layer = FusionLayer(4, 3)
+    q, a = torch.randn(2, 2, 8, 4)
+    queries, keys, values = (
+        m(t).split(4, dim=-1) for m, t in ((layer.query, q), (layer.key, a), (layer.value, a))
+    )
+    heads = [
+        (one @ key.mT / 4**0.5).softmax(-1) @ value
+        for one, key, value in zip(queries, keys, values, strict=True)
+    ]
+    x = layer.norms[0](layer.out(torch.cat(heads, dim=-1)) + a)
+    wanted = layer.norms[1](layer.linear(x) + x)
+    found = layer(q, a, torch.ones(2, 8, dtype=torch.bool))
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
 def test_both_layouts_have_the_same_parameters() -> None:
     ours, public = Fusion(FEATURES), Fusion(replace(FEATURES, public_layout=True))
     public.load_state_dict(ours.state_dict())
