@@ -244,7 +244,10 @@ def create(
     _check_new(folder, sets, labels)
     if (selector is None) != (decision is None):
         raise AdaptError("a selector and a decision belong together: give both or neither")
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise StoreError(f"cannot make {folder}: {error.strerror}") from error
     try:
         _fill(work, sets, labels, hearing or Hearing())
         if selector is not None and decision is not None:

@@ -186,6 +186,18 @@ def test_creating_is_whole_or_not_at_all(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_failure_of_the_disk_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **options: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with pytest.raises(StoreError, match="cannot make .*: No space left on device"):
+        create(tmp_path / "b", {"hiss": lora(tiny_speech(), "hiss")}, {"hiss": Scenario()})
+    assert os.listdir(tmp_path) == []
+
+
 def test_creating_over_something_else_is_refused(tmp_path: Path) -> None:
     held, labels = {"hiss": lora(tiny_speech(), "hiss")}, {"hiss": Scenario()}
     (tmp_path / "full").mkdir()
