@@ -193,7 +193,7 @@ def test_a_failure_of_the_disk_is_one_line_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tempfile.mkdtemp", full)
-    with pytest.raises(StoreError, match="cannot make .*: No space left on device"):
+    with pytest.raises(StoreError, match=r"cannot make .*: No space left on device"):
         create(tmp_path / "b", {"hiss": lora(tiny_speech(), "hiss")}, {"hiss": Scenario()})
     assert os.listdir(tmp_path) == []
 
