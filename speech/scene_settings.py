@@ -39,6 +39,8 @@ class Noise:
             raise AdaptError("noise: kinds=[] names no noise; null takes all kinds")
         convention_named(self.convention)
         Between(self.low, self.high)
+        if self.folder is None:
+            synthetic_scenes(self.kinds or KINDS)  # refuses a kind that there is not
 
     def scenes(self, part: str, seed: int) -> dict[str, Scene]:
         """The scenes of a part: train, val or test."""
