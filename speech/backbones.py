@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class OpenAIWhisper(Backbone):
 
         try:
             model: nn.Module = whisper.load_model(self.name, device="cpu")
-        except (RuntimeError, OSError, LookupError) as error:
+        except (RuntimeError, OSError, LookupError, EOFError, UnpicklingError) as error:
             # URLError and HTTPError are OSErrors; a broken or unknown file raises the others.
             raise AdaptError(_unfetched("openai-whisper", self.name, error)) from error
         model.eval()

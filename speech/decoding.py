@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,8 @@ def decode(
         prompt=asked.prompt,
         without_timestamps=not asked.timestamps,
     )
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # Upstream sorts the scores of a beam, a tensor, by numpy, in a way that is deprecated.
+        warnings.filterwarnings("ignore", "__array_wrap__", DeprecationWarning)
         found: list[DecodingResult] = _Task(listener, inference, options).run(states)
     return found

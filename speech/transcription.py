@@ -124,7 +124,8 @@ def transcribe_all(
     choose = conditions if callable(conditions) else _always(conditions)
     if manner.word_times:
         require_word_times(speech)
-    waiting = deque(_Running(i, Recording(s), Transcript()) for i, s in enumerate(sources))
+    known = None if speech.multilingual else "en"
+    waiting = deque(_Running(i, Recording(s), Transcript(known)) for i, s in enumerate(sources))
     running: list[_Running] = []
     while waiting or running:
         running += [
@@ -173,7 +174,10 @@ def _may_speak(audio: Tensor) -> bool:
 def _advance(one: _Running, samples: int) -> None:
     one.at += samples
     one.found.seconds = one.at / SAMPLE_RATE
-    one.found.complete = one.recording.ends_by(one.at)
+    try:
+        one.found.complete = one.recording.ends_by(one.at)
+    except AdaptError as error:
+        one.found.error = str(error)
 
 
 def _quiet_place(audio: Tensor) -> int:
