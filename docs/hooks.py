@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from mkdocs.structure.files import File, Files
 from polyadapt import core
 from polyadapt.core import Recipe
 from polyadapt.core.adapters import recipes
+from polyadapt.speech.cli import VERBS as SPEECH_VERBS
 from polyadapt.tests.law_models import LAYERS
 from polyadapt.tests.law_table import CELLS, ROWS, Row
-from polyadapt.vision.cli import VERBS
+from polyadapt.vision.cli import VERBS as VISION_VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ROOT / "docs" / "methods"
@@ -38,7 +40,7 @@ def on_startup(**_: Any) -> None:
     shown = ROOT / "build" / "shown" / "polyadapt"
     shown.mkdir(parents=True, exist_ok=True)
     (shown / "__init__.py").write_bytes((ROOT / "__init__.py").read_bytes())
-    for name in ("core", "vision"):
+    for name in ("core", "speech", "vision"):
         if not (shown / name).is_symlink():
             (shown / name).symlink_to(f"../../../{name}", target_is_directory=True)
 
@@ -163,14 +165,14 @@ def public_names() -> str:
     return "\n\n".join(f"::: {thing.__module__}.{name}" for name, thing in named.items())
 
 
-def vision_verbs() -> str:
-    """What each verb of `polyadapt vision` does."""
-    return _table(("verb", "what it does"), [(f"`{verb}`", says) for verb, says in VERBS.items()])
+def verb_table(verbs: Mapping[str, str]) -> str:
+    """What each verb of a domain does."""
+    return _table(("verb", "what it does"), [(f"`{verb}`", says) for verb, says in verbs.items()])
 
 
-def vision_configurations() -> str:
+def configurations(domain: str) -> str:
     """Every configuration of the domain and what its comment says first."""
-    files = sorted((ROOT / "configs" / "vision").glob("*.yaml"))
+    files = sorted((ROOT / "configs" / domain).glob("*.yaml"))
     rows = [(f"`{file.name}`", _first_sentence(file)) for file in files]
     return _table(("file", "what it is"), rows)
 
@@ -205,6 +207,8 @@ FILLINGS: dict[str, Callable[[], str]] = {
     "laws": lambda: section("CONTRIBUTING.md", "The laws"),
     "method_table": method_table,
     "public_names": public_names,
-    "vision_configurations": vision_configurations,
-    "vision_verbs": vision_verbs,
+    "speech_configurations": partial(configurations, "speech"),
+    "speech_verbs": partial(verb_table, SPEECH_VERBS),
+    "vision_configurations": partial(configurations, "vision"),
+    "vision_verbs": partial(verb_table, VISION_VERBS),
 }
