@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 
-from polyadapt.core import AdaLoRA, BitFit, FullFineTuning, LoRA, Recipe, RunFiles
+from polyadapt.core import AdaLoRA, BitFit, FullFineTuning, LoRA, Recipe, RunFiles, S2LoRA
 from polyadapt.core.errors import AdaptError, StoreError
 from polyadapt.core.store import read_file
 from polyadapt.speech.augmentation import SpecAugment
@@ -248,7 +248,7 @@ def test_a_task_of_a_file_hears_what_the_trained_one_does() -> None:
 # Training
 
 
-METHODS = (LoRA(rank=2), AdaLoRA(rank=2), BitFit(), FullFineTuning())
+METHODS = (LoRA(rank=2), S2LoRA(rank=4), AdaLoRA(rank=2), BitFit(), FullFineTuning())
 
 
 @pytest.mark.parametrize("recipe", METHODS, ids=lambda recipe: type(recipe).__name__)
