@@ -15,6 +15,12 @@ from .audio import SAMPLE_RATE, read_audio
 from .clips import Clip, seconds_of_file
 
 INSTALL = "pip install 'datasets>=4,<6'"
+_STUMBLES = (
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # the hub's and the network's are OSErrors
 
 
 def read_hub(
@@ -44,8 +50,8 @@ def _clips(
         ) from error
     try:
         table = datasets.load_dataset(name, config, split=split, **options)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # the hub's are OSErrors
-        cause = " ".join(str(error).split()) or type(error).__name__
+    except (*_STUMBLES, datasets.exceptions.DatasetsError) as error:
+        cause = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise AdaptError(f"the data set {name!r} ({split}) cannot be had: {cause}") from error
     if missing := [column for column in columns if column and column not in table.column_names]:
         has = ", ".join(table.column_names)

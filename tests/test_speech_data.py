@@ -105,6 +105,10 @@ def test_folders_may_bear_the_transcripts() -> None:
     assert [clip.text for clip in read_folders("d")["train"]] == ["stop", "turn left"]
 
 
+class NotWholeError(Exception):
+    """What the package raises where a data set cannot be built."""
+
+
 class Table:
     """What `datasets.load_dataset` returns, as far as it is used."""
 
@@ -139,12 +143,15 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Table:
     )
 
     def load_dataset(name: str, config: str | None, split: str, **options: Any) -> Table:
+        if name == "cut":
+            raise NotWholeError("an error occurred") from ValueError("row 3 is no row")
         if name != "set":
             raise FileNotFoundError(f"no {name},\n{config} {split} {options}")
         return table
 
     fake: Any = types.ModuleType("datasets")
     fake.load_dataset, fake.Audio = load_dataset, dict
+    fake.exceptions = types.SimpleNamespace(DatasetsError=NotWholeError)
     monkeypatch.setitem(sys.modules, "datasets", fake)
     return table
 
@@ -166,6 +173,7 @@ def test_data_sets_of_hugging_face_are_heard_from_bytes_or_files(hub: Table) -> 
     ("settings", "said"),
     [
         ({"name": "other", "config": "x"}, r"'other' \(train\) cannot be had: no other, x train"),
+        ({"name": "cut"}, r"'cut' \(train\) cannot be had: row 3 is no row"),
         ({"name": "set"}, "'set' has no column 'text'; it has audio, said, who"),
     ],
 )
