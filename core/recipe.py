@@ -181,6 +181,10 @@ class Recipe:
         """The recipe of the adapters that `Adapter.deployed` returns."""
         return self
 
+    def renamed(self, names: Mapping[Site, str]) -> Recipe:
+        """The same on a backbone that calls these sites otherwise: for settings that name some."""
+        return self
+
     def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor:
         """What is added to the loss: the sum of the adapters' terms, 0 when there are none."""
         terms = [t for a in adapters.values() if (t := a.penalty()) is not None]

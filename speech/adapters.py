@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from ..core.adapters.lora import fits
 from ..core.errors import AdaptError, StoreError
-from ..core.recipe import Recipe
 from ..core.sets import AdapterSet
 from ..core.sites import Sites
 from ..core.store import AdapterFile, load
@@ -58,7 +55,8 @@ def layout_of(file: AdapterFile) -> Layout:
 
 def _renamed(file: AdapterFile, rename: Rename) -> AdapterFile:
     sites = Sites(dataclasses.replace(site, path=rename(site.path)) for site in file.sites)
-    new = {old.name: site.name for old, site in zip(file.sites, sites, strict=True)}
+    names = {old: site.name for old, site in zip(file.sites, sites, strict=True)}
+    new = {old.name: name for old, name in names.items()}
 
     def moved(key: str) -> str:
         site, _, rest = key.partition("/")
@@ -67,21 +65,7 @@ def _renamed(file: AdapterFile, rename: Rename) -> AdapterFile:
     return dataclasses.replace(
         file,
         sites=sites,
-        recipe=_recipe(file.recipe, file.sites, new),
+        recipe=file.recipe.renamed(names),
         tensors={moved(key): tensor for key, tensor in file.tensors.items()},
         fingerprint={rename(key): found for key, found in file.fingerprint.items()},
     )
-
-
-def _recipe(recipe: Recipe, sites: Sites, new: dict[str, str]) -> Recipe:
-    """A recipe's patterns of sites (LoRA's `ranks`, IA3's `inputs`) as the new names they fit."""
-
-    def names(pattern: str) -> list[str]:
-        return [new[site.name] for site in sites if fits(pattern, site)] or [pattern]
-
-    changed: dict[str, Any] = {}
-    if ranks := getattr(recipe, "ranks", None):
-        changed["ranks"] = {name: rank for p, rank in ranks.items() for name in names(p)}
-    if inputs := getattr(recipe, "inputs", None):
-        changed["inputs"] = tuple(name for pattern in inputs for name in names(pattern))
-    return dataclasses.replace(recipe, **changed) if changed else recipe

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from polyadapt.core import IA3, BitFit, LoRA, Recipe, activate, attach, load, select
+from polyadapt.core import IA3, BitFit, LoRA, Recipe, S2LoRA, activate, attach, load, select
+from polyadapt.core.compact import compact
 from polyadapt.core.errors import AdaptError, StoreError
+from polyadapt.core.store import save_form
 from polyadapt.speech.adapters import load_set
 from polyadapt.speech.convert import as_openai, as_transformers
 from polyadapt.speech.model import Speech, speech_of
@@ -142,6 +144,7 @@ CASES: dict[str, Callable[[Layout], tuple[Recipe, tuple[str, ...]]]] = {
         IA3(inputs=["**.mlp.2" if layout == "openai" else "**.fc2"]),
         sites_for(layout, "mlp"),
     ),
+    "S2LoRA": lambda layout: (S2LoRA(rank=4), sites_for(layout, "attention")),
     "BitFit": lambda layout: (BitFit(), _bias(layout, "mlp")),
 }
 
@@ -170,6 +173,21 @@ def test_a_set_of_one_layout_gives_the_same_logits_on_the_other(
     back = tiny_speech(here)
     load_set(back, tmp_path / "b.safetensors")
     assert torch.equal(_logits(back), wanted)
+
+
+@both_ways
+def test_a_compact_set_of_one_layout_gives_the_same_logits_on_the_other(
+    here: Layout, there: Layout, tmp_path: Path
+) -> None:
+    one, other = tiny_speech(here), tiny_speech(there)
+    made = attach(one.model, S2LoRA(rank=4), at=sites_for(here, "attention"), name="a")
+    stir(made)
+    for adapter in list(made.adapters.values())[::2]:  # half of the sites lose two ranks
+        with torch.no_grad():
+            adapter.get_parameter("lam")[:2] = 0
+    save_form(made, tmp_path / "a.safetensors", compact(made, values=torch.float32))
+    load_set(other, tmp_path / "a.safetensors")
+    assert _agree(_logits(other), _logits(one))
 
 
 def test_a_set_of_the_same_layout_loads_as_it_does_with_the_core(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ agree and merging changes one weight; parts of fused projections have gains of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 
 from ..recipe import Adapter, Recipe, require
 from .bottleneck import transformer_blocks
-from .lora import fits, require_matrix
+from .lora import fits, fitted, require_matrix
 
 if TYPE_CHECKING:
     from ..layers import FrozenLayer
@@ -101,6 +101,10 @@ class IA3(Recipe):
                 f"IA3: inputs has {pattern!r}, which fits none of the {len(sites)} sites"
                 f" ({', '.join(s.name for s in sites[:3])}, ...)",
             )
+
+    def renamed(self, names: Mapping[Site, str]) -> IA3:
+        """`inputs` by the new names of the sites that its patterns fit."""
+        return self.replace(inputs=[name for p in self.inputs for name in fitted(p, names)])
 
     def build(self, site: Site, weight: Tensor | None, generator: Generator | None) -> Adapter:
         """Gains of one."""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -177,6 +177,12 @@ class LoRA(Recipe):
                 f" {len(sites)} sites ({', '.join(s.name for s in sites[:3])}, ...)",
             )
 
+    def renamed(self, names: Mapping[Site, str]) -> Self:
+        """`ranks` by the new names of the sites that its patterns fit."""
+        return self.replace(
+            ranks={n: rank for p, rank in self.ranks.items() for n in fitted(p, names)}
+        )
+
     def rank_at(self, site: Site) -> int:
         """The rank of `ranks` there, else `rank`; patterns that disagree are refused."""
         if not self.ranks:
@@ -264,3 +270,8 @@ def fits(pattern: str, site: Site) -> bool:
         if not choice.parts or site.part in choice.parts
         for path in paths
     )
+
+
+def fitted(pattern: str, names: Mapping[Site, str]) -> list[str]:
+    """The new names of the sites that a pattern fits; itself where it fits none."""
+    return [name for site, name in names.items() if fits(pattern, site)] or [pattern]

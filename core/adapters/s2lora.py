@@ -193,6 +193,11 @@ class S2LoRA(Recipe):
         other = sorted({site.name for site in sites} ^ set(self.kept)) if self.kept else []
         require(not other, f"S2LoRA: kept and the sites do not both have {''.join(other[:1])}")
 
+    def renamed(self, names: Mapping[Site, str]) -> S2LoRA:
+        """`kept` by the sites' new names."""
+        new = {site.name: name for site, name in names.items()}
+        return self.replace(kept={new[site]: number for site, number in self.kept.items()})
+
     def bank_shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, int]]:
         """Name -> shape of every shared matrix, in the order of the sites."""
         shapes: dict[str, tuple[int, int]] = {}
