@@ -18,7 +18,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from polyadapt.benchmarks.rounds import interleaved, machine, one_thread
 from polyadapt.core import LoRA, activate, attach, stack
 
-BATCH, CONTEXT, STEPS, RANK = 32, 16, 16, 8
+BATCH, CONTEXT, STEPS, RANK = 32, 16, 32, 8
 LAYERS = ["h.*.attn.c_attn", "h.*.attn.c_proj", "h.*.mlp.c_fc", "h.*.mlp.c_proj"]
 
 
