@@ -23,6 +23,7 @@ NAMES = (
     "threads_and_processes",
     "damaged_files",
     "killed_runs",
+    "speech_switching",
 )
 
 
