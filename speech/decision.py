@@ -311,7 +311,8 @@ class Decision:
         gains = f"against '{best}' for everything it gains {self.gain}"
         if self.gain.above_zero:
             return f"choosing is worthwhile: {gains}"
-        return f"choosing is not worthwhile here: {gains}, an interval that reaches zero"
+        why = "it loses" if self.gain.high < 0 else "an interval that reaches zero"
+        return f"choosing is not worthwhile here: {gains}, {why}"
 
 
 def _or_none(name: str) -> str | None:

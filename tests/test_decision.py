@@ -193,7 +193,9 @@ def test_the_advice_follows_the_interval() -> None:
         " reaches zero"
     )
     assert advice(2.0, 0.5, 3.5) == f"choosing is worthwhile: {gains} 2.0 points (0.5 to 3.5)"
-    assert "not worthwhile" in advice(-1.0, -2.0, -0.5)
+    assert advice(-1.0, -2.0, -0.5) == (
+        f"choosing is not worthwhile here: {gains} -1.0 points (-2.0 to -0.5), it loses"
+    )
     assert Decision(SETS, CLASSES).advice() == "whether choosing is worthwhile was not measured"
 
 
