@@ -100,12 +100,14 @@ def _batch_first(module: nn.Module) -> bool | None:
 
 @cache
 def _reads(owner: type[nn.Module], attribute: str) -> bool:
-    wanted = re.compile(rf"\bself\.{re.escape(attribute)}\b{_NOT_VALUES}")
-    return any(wanted.search(source) for source in _sources(owner))  # type: ignore[arg-type]
+    read, source = f"self.{attribute}", _source(owner)  # type: ignore[arg-type]  # classes hash
+    if read not in source:  # nearly always, and far cheaper to find out than by the pattern
+        return False
+    return re.search(rf"\b{re.escape(read)}\b{_NOT_VALUES}", source) is not None
 
 
 @cache
-def _sources(owner: type[nn.Module]) -> tuple[str, ...]:
+def _source(owner: type[nn.Module]) -> str:
     """Source of the methods that may run in a forward: not those that build or initialise."""
     sources = []
     for cls in owner.__mro__:
@@ -117,4 +119,4 @@ def _sources(owner: type[nn.Module]) -> tuple[str, ...]:
                     sources.append(inspect.getsource(method))
                 except OSError:  # no source (built interactively): treated as not reading
                     continue
-    return tuple(sources)
+    return "\n".join(sources)
