@@ -284,7 +284,7 @@ def test_ray_fits_what_is_fitted_one_after_another(
     save_labelled()
     write("b.yaml", configuration(model__at="blocks.0.attn.qkv"))
     over = ["--over", "adapter.rank=2,0,3", "--over", "trainer.max_epochs=1"]
-    side_by_side = run("b.yaml", *over, "--workers", "2", "--out", "ray")
+    side_by_side = run("b.yaml", *over, "--domain", "vision", "--workers", "2", "--out", "ray")
     assert side_by_side.code == 1
     assert "model.adapter.rank=0, trainer.max_epochs=1: FAILED: LoRA: rank 0 is not allowed" in (
         side_by_side.out
@@ -304,7 +304,7 @@ def test_ray_fits_what_is_fitted_one_after_another(
 def test_a_sweep_that_is_killed_leaves_no_fit_behind() -> None:
     save_labelled()
     write("b.yaml", configuration(trainer__max_epochs=100_000))
-    words = ["sweep", "b.yaml", "--over", "adapter.rank=2", "--out", "killed"]
+    words = ["sweep", "b.yaml", "--domain", "vision", "--over", "adapter.rank=2", "--out", "killed"]
     process = subprocess.Popen([sys.executable, "-c", CODE, *words], stdout=subprocess.PIPE)
     metrics = Path("killed/points/000-rank=2/metrics.csv")
     while not metrics.exists():
