@@ -22,6 +22,8 @@ from polyadapt.tests.avsr_cases import SIZES, TinyWhisper, fit, pairs, plain_sta
 from polyadapt.tests.law_table import stir
 from polyadapt.tests.speech_models import tiny_speech
 
+pytestmark = pytest.mark.slow
+
 # Sizes (on the meta device: no number is computed)
 
 

@@ -284,6 +284,7 @@ def test_a_double_input_is_computed_in_double() -> None:
     torch.testing.assert_close(adapter.output(y, y, HERE), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_an_adapted_vit_compiles_into_one_graph() -> None:
     vit, image = tiny_vit(), torch.randn(2, 3, 16, 16)
     made = attach(vit, Bottleneck(rank=4, placement="parallel_ffn", norm=True))

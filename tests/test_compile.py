@@ -14,6 +14,8 @@ from polyadapt.core import LoRA, activate, attach, sets_of, switch
 from polyadapt.tests.law_models import LAYERS, Around, Block, tokens
 from polyadapt.tests.law_table import CELLS, Cell, stir
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:

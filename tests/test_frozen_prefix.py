@@ -19,6 +19,8 @@ from polyadapt.tests.vision_cases import configuration, save_labelled, write
 from polyadapt.vision.data import ArrayData
 from polyadapt.vision.task import ImageClassification
 
+pytestmark = pytest.mark.slow
+
 LAST = "blocks.1.attn.qkv"
 STATE = 5 * 24 * 4  # bytes: 4 patches and the class token, 24 numbers each, in single precision
 

@@ -31,6 +31,8 @@ from polyadapt.speech.offline import whisper_tiny_en
 from polyadapt.vision import offline as vision
 from polyadapt.vision.offline import dinov2_small
 
+pytestmark = pytest.mark.slow
+
 LAST_NORM = "/backbone/layernorm/Add_1_output_0"
 LOADERS = [
     pytest.param(vision, dinov2_small, id="dinov2_small"),

@@ -28,6 +28,8 @@ from polyadapt.speech.selector_training import (
 )
 from polyadapt.speech.synthetic import speech_like
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ("babble", "music", "natural", "side")
 
 

@@ -22,6 +22,8 @@ from polyadapt.speech.configuration import SPEECH
 from polyadapt.tests.speech_cases import configuration, save_clip, save_manifest, save_whisper
 from polyadapt.tests.vision_cases import Ran, write
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "speech").glob("*.yaml"))
 Run = Callable[..., Ran]
 

@@ -54,6 +54,7 @@ def test_a_loaded_set_gives_the_same_bits(tmp_path: Path, recipe: Recipe, at: st
         assert torch.equal(other(INPUT), net()(INPUT))
 
 
+@pytest.mark.slow
 def test_the_same_bits_come_back_in_another_process_under_another_seed(tmp_path: Path) -> None:
     expected = {}
     for n, (recipe, at) in enumerate(METHODS):

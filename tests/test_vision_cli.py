@@ -29,6 +29,8 @@ from polyadapt.tests.vision_cases import (
     write,
 )
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "vision").glob("*.yaml"))
 Run = Callable[..., Ran]
 

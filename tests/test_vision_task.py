@@ -26,6 +26,8 @@ from polyadapt.vision.predict import Classifier, Prediction
 from polyadapt.vision.preprocessing import Preprocessing
 from polyadapt.vision.task import ImageClassification
 
+pytestmark = pytest.mark.slow
+
 SPEC = TimmBackbone(
     name="vit_tiny_patch16_224",
     pretrained=False,
