@@ -9,7 +9,7 @@ over clips or sentences, whose errors are averaged over folds and seeds; differe
 Run: python benchmarks/speech_digits.py DIGITS.zip [--jfk jfk.flac] [--methods LoRA,S2LoRA]
   [--folds 0,1,2] [--seeds 0,1,2] [--steps 300] [--sentences 60] [--out FILE.jsonl]
 DIGITS.zip holds `digit_speaker_index.wav` files (the free spoken digit data set). What --out holds
-already is not run again: an interrupted run goes on. About 8 CPU minutes per method, fold and seed.
+already is not run again: an interrupted run goes on with the same sentences, kept beside --out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from polyadapt.benchmarks.espeak import VOICES, say, sentences
 from polyadapt.benchmarks.rounds import machine, one_thread
-from polyadapt.core import AdaLoRA, BitFit, FullFineTuning, LoRA, Recipe, S2LoRA
+from polyadapt.core import AdaLoRA, BitFit, FullFineTuning, LoRA, Recipe, S2LoRA, container
 from polyadapt.core.adapters.head_only import HeadOnly
 from polyadapt.core.adapters.s2lora import S2LoRAAdapter
 from polyadapt.speech.audio import LONGEST, log_mel, read_audio
@@ -229,10 +229,20 @@ def _live(task: SpeechRecognition) -> int | None:
     return sum(ranks) if ranks else None
 
 
-def spoken_sentences(number: int, jfk: Path | None) -> dict[str, Tensor]:
-    """Text -> speech: eSpeak's voices in turn, and the recording."""
-    made = {text: say(text, VOICES[i % len(VOICES)]) for i, text in enumerate(sentences(number))}
-    return made | ({} if jfk is None else {JFK: read_audio(jfk)})
+def spoken_sentences(number: int, jfk: Path | None, kept: Path) -> dict[str, Tensor]:
+    """Text -> speech: eSpeak's voices in turn, and the recording.
+
+    eSpeak says a sentence a little differently in each process: the file `kept` is what all hear.
+    """
+    texts = sentences(number)
+    if not kept.exists():
+        made = {str(i): say(text, VOICES[i % len(VOICES)]) for i, text in enumerate(texts)}
+        container.write(kept, {"kind": "speech", "texts": texts}, made)
+    about, sounds = container.read(kept)
+    if about["texts"] != texts:
+        raise SystemExit(f"{kept} holds {len(about['texts'])} sentences, not {number}: remove it")
+    spoken = {text: sounds[str(i)] for i, text in enumerate(texts)}
+    return spoken | ({} if jfk is None else {JFK: read_audio(jfk)})
 
 
 # The table
@@ -332,7 +342,8 @@ def main() -> None:
     one_thread()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    digits, spoken = Digits(asked.data), spoken_sentences(asked.sentences, asked.jfk)
+    digits, kept = Digits(asked.data), asked.out.with_suffix(".safetensors")
+    spoken = spoken_sentences(asked.sentences, asked.jfk, kept)
     lines = asked.out.read_text().splitlines() if asked.out.exists() else []
     records: list[dict[str, Any]] = [json.loads(line) for line in lines]
     done = {(r["method"], r["fold"], r["seed"]) for r in records}
