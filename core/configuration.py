@@ -39,8 +39,7 @@ class Domain:
     things        what its data holds, in a word
     task          its `AdaptedModule`, with `from_file(path)` for an adapter file
     data          the base of its data modules, chosen by class_path
-    backbone      the base of its backbones' settings, with `from_json`
-    backbones     the names of those that a configuration may choose
+    backbone      the base of its backbones' settings
     subclasses    bases of all settings, beside recipes, that are chosen by class_path
     backbone_of   reads from an adapter file what it was made on
     measured      makes the callback that writes what a test found into a folder
@@ -55,7 +54,6 @@ class Domain:
     task: type[Any]
     data: type[LightningDataModule]
     backbone: type[Any]
-    backbones: Sequence[str]
     subclasses: Sequence[type]
     backbone_of: Callable[[str], Any]
     measured: Callable[[Path], Callback]
@@ -67,7 +65,7 @@ class Domain:
         """Key of a configuration -> the short names of the classes that it may have."""
         data = [kind.__name__ for kind in self.data.__subclasses__()]
         methods = list(recipes())
-        return {"model.adapter": methods, "model.backbone": [*self.backbones], "data": data}
+        return {"model.adapter": methods, "model.backbone": [*self.backbone.kinds()], "data": data}
 
 
 class DomainCLI(LightningCLI):

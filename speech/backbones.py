@@ -1,53 +1,26 @@
-"""Frozen Whispers as plain settings that can build them again, on this machine or another."""
+"""The Whispers that a configuration can name."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from torch import nn
 
+from ..core import backbone as core
 from ..core.errors import AdaptError
 from .names import LAYOUTS, Layout
 from .offline import whisper_tiny_en
 
 
 @dataclass(frozen=True, kw_only=True)
-class Backbone:
-    """Settings that name one Whisper exactly; they travel in the adapter file as JSON.
+class Backbone(core.Backbone):
+    """A Whisper, in float32, on the CPU, in eval mode; `speech_of` takes it.
 
     >>> Backbone.from_json(OfflineTinyEn().to_json())
     OfflineTinyEn(layout='openai')
     """
-
-    def build(self) -> nn.Module:
-        """The model, in float32, on the CPU, in eval mode; `speech_of` takes it."""
-        raise AdaptError(f"Backbone is abstract: choose {', '.join(BACKBONES)}")
-
-    def to_json(self) -> dict[str, Any]:
-        """The kind of backbone and its settings as JSON values."""
-        return {"backbone": type(self).__name__, **dataclasses.asdict(self)}
-
-    @staticmethod
-    def from_json(data: object) -> Backbone:
-        """The settings that `to_json` wrote; an unknown kind or setting is refused by name."""
-        if not isinstance(data, Mapping) or data.get("backbone") not in BACKBONES:
-            raise AdaptError(
-                f"{data!r} names no backbone of polyadapt speech; there are {', '.join(BACKBONES)}"
-            )
-        settings = {str(key): value for key, value in data.items() if key != "backbone"}
-        kind = BACKBONES[data["backbone"]]
-        known = {f.name for f in dataclasses.fields(kind)}
-        if settings.keys() != known:
-            odd = sorted(settings.keys() ^ known)
-            raise AdaptError(f"{kind.__name__} has the settings {sorted(known)}: see {odd[0]!r}")
-        if wrong := [key for key, value in settings.items() if not isinstance(value, str)]:
-            raise AdaptError(f"{kind.__name__}: {wrong[0]} is a text, not {settings[wrong[0]]!r}")
-        return kind(**settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +80,6 @@ class OfflineTinyEn(Backbone):
 
         made: nn.Module = as_transformers(model).eval()
         return made
-
-
-BACKBONES: dict[str, type[Backbone]] = {
-    kind.__name__: kind for kind in (OpenAIWhisper, TransformersWhisper, OfflineTinyEn)
-}
 
 
 def _unfetched(source: str, name: str, error: Exception) -> str:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from ..core.configuration import Domain
-from .backbones import BACKBONES, Backbone
+from .backbones import Backbone
 from .data import SpeechData
 from .measured import TEST_TABLE, TRANSCRIPTS, Measured
 from .task import SpeechRecognition, backbone_of
 
-SPEECH = Domain(
+DOMAIN = Domain(
     name="speech",
     things="speech",
     task=SpeechRecognition,
     data=SpeechData,
     backbone=Backbone,
-    backbones=list(BACKBONES),
     subclasses=[Backbone],
     backbone_of=backbone_of,
     measured=Measured,

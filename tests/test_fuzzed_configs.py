@@ -19,7 +19,7 @@ from polyadapt.core.configuration import DomainCLI
 from polyadapt.core.errors import AdaptError
 from polyadapt.tests.broken_files import places
 from polyadapt.tests.vision_cases import configuration, save_labelled
-from polyadapt.vision.configuration import VISION
+from polyadapt.vision.configuration import DOMAIN
 
 WRONG: list[Any] = [
     *(None, True, 0, -1, 3, 2**70, 1.5, 1e308, float("nan"), float("inf"), b"\xff"),
@@ -92,7 +92,7 @@ def outcome(text: str, build: bool = True) -> str:
     before = sorted(os.listdir())
     try:
         with errors_in_one_line():
-            DomainCLI(VISION, "fit", ["--config", "c.yaml"], build=build)
+            DomainCLI(DOMAIN, "fit", ["--config", "c.yaml"], build=build)
     except AdaptError as error:
         line = str(error)
         assert line

@@ -36,10 +36,10 @@ def test_a_backbone_comes_back_from_its_json(backbone: Backbone) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, "names no backbone of polyadapt speech; there are OpenAIWhisper"),
+        (None, "names no backbone; there are OpenAIWhisper"),
         ({"backbone": "TinyViT"}, "names no backbone"),
         ({"backbone": "OpenAIWhisper"}, "has the settings .*see 'name'"),
-        ({"backbone": "OpenAIWhisper", "name": 3}, "name is a text, not 3"),
+        ({"backbone": "OpenAIWhisper", "name": 3}, "name is a str, not 3"),
         ({"backbone": "OpenAIWhisper", "name": "a", "size": "b"}, "see 'size'"),
         ({"backbone": "OfflineTinyEn", "layout": "jax"}, "layout 'jax' is unknown"),
     ],

@@ -18,7 +18,7 @@ from polyadapt.core import cli
 from polyadapt.core.configuration import DomainCLI
 from polyadapt.core.fitting import calm
 from polyadapt.core.store import read_file
-from polyadapt.speech.configuration import SPEECH
+from polyadapt.speech.configuration import DOMAIN
 from polyadapt.tests.speech_cases import configuration, save_clip, save_manifest, save_whisper
 from polyadapt.tests.vision_cases import Ran, write
 
@@ -134,7 +134,7 @@ def test_every_configuration_is_whole_and_its_model_can_be_built(path: Path) -> 
     words = ["--config", str(path), "--model.backbone=OpenAIWhisper"]
     words += ["--model.backbone.init_args.name=tiny.pt", "--data.init_args.path=m.csv"]
     with calm():
-        built = DomainCLI(SPEECH, "fit", words)
+        built = DomainCLI(DOMAIN, "fit", words)
     assert built.model.adapters.trainable_count() > 0
     assert built.folder == Path("runs") / path.stem
 
@@ -234,7 +234,7 @@ def test_the_effective_configuration_says_all_settings_of_speech(run: Run) -> No
     save_manifest(count=6)
     write("a.yaml", configuration())
     with calm():
-        built = DomainCLI(SPEECH, "fit", ["--config", "a.yaml"])
+        built = DomainCLI(DOMAIN, "fit", ["--config", "a.yaml"])
     said = yaml.safe_load(built.effective())
     assert said["data"]["init_args"]["sort_within"] == 16
     assert said["model"]["mask_prompt"] is True

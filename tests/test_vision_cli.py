@@ -209,7 +209,7 @@ def test_sites_prints_where_a_pattern_leads(run: Run) -> None:
 def test_every_configuration_is_whole_and_its_model_can_be_built(path: Path) -> None:
     from polyadapt.core.configuration import DomainCLI
     from polyadapt.core.fitting import calm
-    from polyadapt.vision.configuration import VISION
+    from polyadapt.vision.configuration import DOMAIN
 
     save_labelled()
     words = ["--config", str(path)]
@@ -220,7 +220,7 @@ def test_every_configuration_is_whole_and_its_model_can_be_built(path: Path) -> 
         words += ["--data.init_args.path=arrays.npz", "--model.backbone=TimmBackbone"]
         words += [f"--model.backbone.init_args.{key}={value}" for key, value in TINY.items()]
     with calm():
-        built = DomainCLI(VISION, "fit", words)
+        built = DomainCLI(DOMAIN, "fit", words)
     assert built.model.adapters.trainable_count() > 0
     assert built.folder == Path("runs") / path.stem
 

@@ -1,11 +1,10 @@
-"""Frozen backbones as plain settings that can build them again, on this machine or another."""
+"""The vision backbones that a configuration can name."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ import timm
 import torch
 from torch import nn
 
+from ..core import backbone as core
 from ..core.errors import AdaptError
 from .offline import dinov2_small
 from .preprocessing import Preprocessing
@@ -32,40 +32,16 @@ _STUMBLES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Backbone:
-    """Settings that name one frozen backbone exactly; they travel in the adapter file as JSON.
+class Backbone(core.Backbone):
+    """A timm model without a head: images [n, c, h, w] -> features [n, d].
 
     >>> Backbone.from_json(TinyViT().to_json())
     TinyViT()
     """
 
-    def build(self) -> nn.Module:
-        """The timm model without a head: images [n, c, h, w] -> features [n, d]."""
-        raise AdaptError("Backbone is abstract: choose TimmBackbone, OfflineDINOv2 or TinyViT")
-
     def preprocessing(self, model: nn.Module) -> Preprocessing:
         """What timm says that the built model wants its images to be."""
         return Preprocessing.of(model)
-
-    def to_json(self) -> dict[str, Any]:
-        """The kind of backbone and its settings as JSON values."""
-        return {"backbone": type(self).__name__, **dataclasses.asdict(self)}
-
-    @staticmethod
-    def from_json(data: object) -> Backbone:
-        """The settings that `to_json` wrote; an unknown kind or setting is refused by name."""
-        if not isinstance(data, Mapping) or data.get("backbone") not in BACKBONES:
-            raise AdaptError(
-                f"{data!r} names no backbone of polyadapt vision; there are {', '.join(BACKBONES)}"
-            )
-        settings = {str(key): value for key, value in data.items() if key != "backbone"}
-        kind = BACKBONES[data["backbone"]]
-        known = {f.name for f in dataclasses.fields(kind)}
-        if unknown := sorted(set(settings) - known):
-            raise AdaptError(
-                f"{kind.__name__} has no setting {unknown[0]!r}; it has {sorted(known)}"
-            )
-        return kind(**settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +115,6 @@ class TinyViT(Backbone):
 
     def build(self) -> nn.Module:
         return tiny_vit(pretrained=True)
-
-
-BACKBONES: dict[str, type[Backbone]] = {
-    kind.__name__: kind for kind in (TimmBackbone, OfflineDINOv2, TinyViT)
-}
 
 
 def feature_width(model: nn.Module) -> int:

@@ -1,14 +1,8 @@
-"""`polyadapt vision ...`: finds the verb, and loads only then what the verb needs."""
+"""`polyadapt vision ...`: its verbs."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
-from collections.abc import Callable
-
-from ..core.cli import OneLineParser, command_named
-
-Command = Callable[[list[str]], int]
+from ..core import domain_command
 
 VERBS = {
     "fit": "adapt a frozen backbone to images, by a configuration",
@@ -26,30 +20,5 @@ VERBS = {
 
 def main(argv: list[str]) -> int:
     """Run `polyadapt vision VERB ...` and return its exit code."""
-    parser = OneLineParser(
-        prog="polyadapt vision",
-        description="Adapt frozen vision transformers to classify other images.",
-        epilog="`polyadapt vision VERB --help` tells a verb's options.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    lines = "\n".join(f"{verb:<14} {about}" for verb, about in VERBS.items())
-    parser.add_argument("verb", metavar="VERB", help="one of those below")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its options")
-    parser.epilog = f"{lines}\n\n{parser.epilog}"
-    asked = parser.parse_args(argv)
-    command = command_named(asked.verb, {verb: _command(verb) for verb in VERBS}, "verb")
-    return command(asked.rest)
-
-
-def _command(verb: str) -> Command:
-    def command(rest: list[str]) -> int:
-        if verb in ("fit", "validate", "test"):
-            from ..core.fitting import run
-            from .configuration import VISION
-
-            return run(VISION, verb, rest)
-        module = importlib.import_module(f".{verb.replace('-', '_')}", __package__)
-        code: int = module.main(rest)
-        return code
-
-    return command
+    about = "Adapt frozen vision transformers to classify other images."
+    return domain_command.run(__package__, about, VERBS, argv)

@@ -67,16 +67,16 @@ def train_and_test(config: Path, seed: int, folder: Path) -> Outcome:
     from ..core.complaints import errors_in_one_line
     from ..core.configuration import DomainCLI
     from ..core.fitting import calm, measure, train
-    from .configuration import VISION
+    from .configuration import DOMAIN
 
     with calm(), errors_in_one_line():
-        cli = DomainCLI(VISION, "fit", [f"--config={config}", f"--run={folder}", *seeded(seed)])
+        cli = DomainCLI(DOMAIN, "fit", [f"--config={config}", f"--run={folder}", *seeded(seed)])
         before, start = _start_of_memory(), time.perf_counter()
         train(cli)
         seconds, memory = time.perf_counter() - start, _most_memory_since(before)
         adapters = cli.model.adapters
         saved = [f"--config={folder}/config.yaml", f"--set={folder}/adapter.safetensors"]
-        metrics = measure(VISION, "test", saved, verbose=False)
+        metrics = measure(DOMAIN, "test", saved, verbose=False)
     return Outcome(
         name=config.stem,
         method=type(adapters.recipe).__name__,
@@ -165,11 +165,11 @@ def _refuse_other_data(configs: Sequence[Path]) -> None:
     """The configurations' data sections are equal; only then does a comparison say anything."""
     from ..core.configuration import DomainCLI
     from ..core.fitting import calm
-    from .configuration import VISION
+    from .configuration import DOMAIN
 
     with calm():
         words = [[f"--config={config}"] for config in configs]
-        read = [DomainCLI(VISION, "fit", said, build=False) for said in words]
+        read = [DomainCLI(DOMAIN, "fit", said, build=False) for said in words]
         said = [cli.config.data.as_dict() for cli in read]
     for config, data in zip(configs, said, strict=True):
         if data != said[0]:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from ..core.configuration import Domain
-from .backbones import BACKBONES, Backbone
+from .backbones import Backbone
 from .data import ImageData
 from .frozen_prefix import require_fixed_images
 from .measured import TEST_PICTURE, TEST_TABLE, Measured
@@ -25,13 +25,12 @@ def _check(task: Any, data: ImageData, trainer: Trainer) -> None:
         require_fixed_images(data, trainer)
 
 
-VISION = Domain(
+DOMAIN = Domain(
     name="vision",
     things="images",
     task=ImageClassification,
     data=ImageData,
     backbone=Backbone,
-    backbones=list(BACKBONES),
     subclasses=[Backbone],
     backbone_of=_backbone_of,
     measured=Measured,

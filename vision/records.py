@@ -101,10 +101,10 @@ class Fit:
     def _settings(self) -> str:
         from ..core.configuration import DomainCLI
         from ..core.fitting import calm
-        from .configuration import VISION
+        from .configuration import DOMAIN
 
         with calm():
-            parsed = DomainCLI(VISION, "fit", self.words, build=False)
+            parsed = DomainCLI(DOMAIN, "fit", self.words, build=False)
         if parsed.config.monitor is not None:
             raise AdaptError(
                 f"monitor={parsed.config.monitor!r} is not allowed here: what is reported is the"
@@ -162,14 +162,14 @@ def _fitted(words: Sequence[str], folder: Path, part: Part) -> dict[str, Any]:
     from ..core.configuration import DomainCLI
     from ..core.fitting import measure, train
     from ..core.run_folder import ADAPTER, CONFIG
-    from .configuration import VISION
+    from .configuration import DOMAIN
 
-    cli = DomainCLI(VISION, "fit", words)
+    cli = DomainCLI(DOMAIN, "fit", words)
     start = time.perf_counter()
     train(cli)
     seconds = time.perf_counter() - start
     saved = [f"--config={folder / CONFIG}", f"--set={folder / ADAPTER}"]
-    metrics = measure(VISION, "validate" if part == "val" else "test", saved, verbose=False)
+    metrics = measure(DOMAIN, "validate" if part == "val" else "test", saved, verbose=False)
     shares = ("top1", "macro_f1", "calibration_error", "loss")
     found = {share: metrics[f"{part}_{share}"] for share in shares}
     return {**_about(cli), **found, "part": part, "seconds": seconds}
