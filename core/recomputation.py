@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -156,8 +157,11 @@ class Region:
         if inside or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return nn.Module._call_impl(self.block, *args, **kwargs)
         _refuse_cache(type(self.block).__name__, (*args, *kwargs.values()))
+        # The second run is in backward, perhaps in another thread: what was given to the first by
+        # a context (features to look at) is given to it again.
+        given = copy_context()
         return checkpoint(
-            self._whole_call,
+            partial(given.run, self._whole_call),
             *args,
             use_reentrant=False,
             context_fn=partial(create_selective_checkpoint_contexts, Kept(self.block)),

@@ -21,6 +21,7 @@ from polyadapt.core import (
     LoRA,
     activate,
     attach,
+    recompute,
     sets_of,
 )
 from polyadapt.core.adapters.gated_cross_attention import attending
@@ -260,6 +261,19 @@ def test_a_forward_that_is_recomputed_asks_for_the_features_again(inside: bool) 
     else:
         with pytest.raises(AdaptError, match="looks at features"):
             loss.backward()
+
+
+def test_recompute_gives_a_block_the_same_features_again() -> None:
+    """Backward runs outside of the context, as Lightning's does."""
+    kept = []
+    for mode in ("none", "cheap"):
+        speech, made = adapted()
+        with recompute(speech.model, mode), attending(features()):  # type: ignore[arg-type]
+            loss = speech.logits(TOKENS, states()).square().mean()
+        loss.backward()
+        kept.append([p.grad for p in made.parameters() if p.grad is not None])
+    assert len(kept[0]) == len(kept[1]) > 20
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
 
 
 @pytest.mark.parametrize(

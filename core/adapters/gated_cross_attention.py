@@ -41,8 +41,9 @@ def attending(features: Tensor, seen: Tensor | None = None) -> Iterator[None]:
     """Within, and in this thread only: what `GatedCrossAttention` looks at, v [b, f, d].
 
     `seen` [b, f] is False where a shorter sample is padded. A model that is called with n times as
-    many rows (beam search) has n beside each other for every sample. A forward that is recomputed
-    in backward asks again: run such a backward within the context, and on the CPU.
+    many rows (beam search) has n beside each other for every sample. `recompute` gives a block the
+    same features again; a backward through other activation checkpoints must run within the
+    context, and on the CPU.
 
     >>> with attending(torch.zeros(1, 50, 384)):
     ...     pass
