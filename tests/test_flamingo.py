@@ -268,7 +268,7 @@ def test_recompute_gives_a_block_the_same_features_again() -> None:
     kept = []
     for mode in ("none", "cheap"):
         speech, made = adapted()
-        with recompute(speech.model, mode), attending(features()):  # type: ignore[arg-type]
+        with recompute(speech.model, mode), attending(features()):
             loss = speech.logits(TOKENS, states()).square().mean()
         loss.backward()
         kept.append([p.grad for p in made.parameters() if p.grad is not None])

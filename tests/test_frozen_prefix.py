@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from polyadapt.core import AdaptError, HeadOnly, LoRA, MoSA, Recipe, cli
+from polyadapt.core.images.data import ArrayData
 from polyadapt.tests.test_prefix_cache import calls_of
 from polyadapt.tests.test_vision_task import SPEC, KeepFirst, save_arrays, trainer_in
 from polyadapt.tests.vision_cases import configuration, save_labelled, write
-from polyadapt.vision.data import ArrayData
 from polyadapt.vision.task import ImageClassification
 
 pytestmark = pytest.mark.slow

@@ -23,9 +23,9 @@ from polyadapt.core import (
     load,
     switch,
 )
+from polyadapt.core.images.dinov2 import dinov2_small
 from polyadapt.speech.offline import whisper_tiny_en
 from polyadapt.tests.law_table import stir
-from polyadapt.vision.offline import dinov2_small
 
 pytestmark = [
     pytest.mark.slow,  # 22 and 37 million parameters

@@ -26,10 +26,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from polyadapt.core.errors import AdaptError
+from polyadapt.core.images import dinov2 as vision
+from polyadapt.core.images.dinov2 import dinov2_small
 from polyadapt.speech import offline as speech
 from polyadapt.speech.offline import whisper_tiny_en
-from polyadapt.vision import offline as vision
-from polyadapt.vision.offline import dinov2_small
 
 pytestmark = pytest.mark.slow
 

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from polyadapt.core.errors import AdaptError
+from polyadapt.core.images.data import ArrayData, ImageData, ImageFolders, TorchvisionData
+from polyadapt.core.images.preprocessing import Preprocessing, open_image
+from polyadapt.core.images.sources import TORCHVISION, array_source, read_arrays
+from polyadapt.core.images.subsets import few_per_class, split_off
 from polyadapt.tests.vision_cases import noise, save_images
-from polyadapt.vision.data import ArrayData, ImageData, ImageFolders, TorchvisionData
-from polyadapt.vision.preprocessing import Preprocessing, open_image
-from polyadapt.vision.sources import TORCHVISION, array_source, read_arrays
-from polyadapt.vision.subsets import few_per_class, split_off
 
 WANTS = Preprocessing(size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 

@@ -11,9 +11,9 @@ import timm.data
 import torch
 
 from polyadapt.core.errors import AdaptError
+from polyadapt.core.images.preprocessing import Augmentation, Preprocessing, vary
 from polyadapt.tests.vision_cases import noise
 from polyadapt.vision.backbones import Backbone, TimmBackbone, feature_width
-from polyadapt.vision.preprocessing import Augmentation, Preprocessing, vary
 
 WANTS = Preprocessing(size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 

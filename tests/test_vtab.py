@@ -14,11 +14,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from polyadapt.core import AdaptError, cli
+from polyadapt.core.images.data import ImageData, ImageLists
+from polyadapt.core.images.lists import read_list, read_lists
+from polyadapt.core.images.preprocessing import Mode, Preprocessing
 from polyadapt.tests.vision_cases import Ran, configuration, write
 from polyadapt.tests.vtab_cases import save_task, save_vtab_mini
-from polyadapt.vision.data import ImageData, ImageLists
-from polyadapt.vision.lists import read_list, read_lists
-from polyadapt.vision.preprocessing import Mode, Preprocessing
 from polyadapt.vision.vtab_tasks import (
     FINAL,
     GROUPS,

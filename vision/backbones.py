@@ -15,8 +15,8 @@ from torch import nn
 
 from ..core import backbone as core
 from ..core.errors import AdaptError
-from .offline import dinov2_small
-from .preprocessing import Preprocessing
+from ..core.images.dinov2 import dinov2_small
+from ..core.images.preprocessing import Preprocessing
 from .tiny_vit import tiny_vit
 
 # What timm's classes raise for options that are of a wrong type or size, or are none of theirs.

@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from ..core.configuration import Domain
+from ..core.images.data import ImageData
 from .backbones import Backbone
-from .data import ImageData
 from .frozen_prefix import require_fixed_images
 from .measured import TEST_PICTURE, TEST_TABLE, Measured
 from .predict import describe

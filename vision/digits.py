@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from .preprocessing import Preprocessing
+from ..core.images.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import Generator
 from torch.utils.data import DataLoader
 
 from ..core.errors import AdaptError
+from ..core.images.data import ImageData
 from ..core.prefix_cache import PrefixCache
-from .data import ImageData
 
 Keep = Literal["none", "memory", "disk"]
 

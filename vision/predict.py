@@ -17,10 +17,10 @@ from torch import Tensor
 from ..core.cli import OneLineParser
 from ..core.container import write_atomically
 from ..core.errors import AdaptError, StoreError
+from ..core.images.preprocessing import Preprocessing, open_image
+from ..core.images.sources import images_in
 from ..core.store import load, read_file
 from .backbones import Backbone
-from .preprocessing import Preprocessing, open_image
-from .sources import images_in
 
 TASK = "image classification"
 

@@ -21,16 +21,16 @@ from torchmetrics.classification import (
 from ..core.adapters.head_only import HeadOnly
 from ..core.adapters.mosa import symmetric_kl
 from ..core.errors import AdaptError
+from ..core.images.data import ImageData
+from ..core.images.preprocessing import Mode, Preprocessing
 from ..core.prefix_cache import PrefixCache
 from ..core.recipe import Recipe
 from ..core.run_files import RunFiles
 from ..core.store import load
 from ..core.training import AdaptedModule
 from .backbones import Backbone, feature_width
-from .data import ImageData
 from .frozen_prefix import Keep, fill, require_fixed_images
 from .predict import TASK, describe
-from .preprocessing import Mode, Preprocessing
 
 Batch = Sequence[Tensor]  # images, labels and, with `cache_prefix`, the images' numbers
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from ..core.errors import AdaptError
-from .lists import read_list, read_lists
+from ..core.images.lists import read_list, read_lists
 
 GROUPS: Final = ("Natural", "Specialized", "Structured")
 IMAGES: Final = 1000

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from ..core.errors import AdaptError
-from ..core.order import EpochAndPosition
+from ..errors import AdaptError
+from ..order import EpochAndPosition
 from .lists import read_lists
 from .preprocessing import Augmentation, Preprocessing, vary
 from .sources import (

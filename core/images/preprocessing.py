@@ -13,10 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from ..core.errors import AdaptError
+from ..errors import AdaptError
 
 Augmentation = Literal["none", "flip", "random_resized_crop"]
 Mode = Literal["backbone", "imagenet", "vtab_orig", "vtab_vpt", "vtab_fact", "vtab_raw"]
@@ -79,6 +78,8 @@ class Preprocessing:
     @staticmethod
     def of(model: nn.Module, img_size: int | None = None, channels: int = 3) -> Preprocessing:
         """What timm says that this model was trained with, for images of another size if given."""
+        from timm.data import resolve_model_data_config
+
         config = resolve_model_data_config(model)
         height, width = config["input_size"][-2:] if img_size is None else (img_size, img_size)
         mean, std = config["mean"], config["std"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator
 
-from ..core.errors import AdaptError
+from ..errors import AdaptError
 
 
 def split_off(

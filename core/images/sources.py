@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from ..core.errors import AdaptError
+from ..errors import AdaptError
 from .preprocessing import open_image
 
 OnUnreadable = Literal["error", "skip"]

