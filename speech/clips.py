@@ -75,7 +75,7 @@ def read_manifest(path: str | Path, part: str | None = None) -> dict[str, list[C
         if not known["path"] or known["text"] is None:
             raise AdaptError(f"{where}: path and text are needed, found {sorted(map(str, row))}")
         name = part or _part(known["split"] or "train", where)
-        clip = Clip.of_file(file.parent / known["path"], known["text"], known["speaker"])
+        clip = Clip.of_file(file.parent / known["path"], known["text"], known["speaker"] or None)
         found.setdefault(name, []).append(clip)
     if not found:
         raise AdaptError(f"the manifest {file} names no clip")

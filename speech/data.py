@@ -188,6 +188,8 @@ class SpeechData(LightningDataModule, ABC):
                 )
         if not parts["train"]:
             raise AdaptError("no clip is left for training: lower the shares")
+        if self.noise is not None:
+            self.noise.require_speakers(parts)
         self._parts = parts
 
     def _fitting(self, clips: Sequence[Clip], wants: Wants) -> list[Clip]:
@@ -211,12 +213,13 @@ class SpeechData(LightningDataModule, ABC):
         """The clips of "train", "val" or "test", as the Whisper gets them."""
         if self.wants is None:
             raise AdaptError("set data.wants first: the `wants` of a SpeechRecognition")
-        scenes = self.noise.scenes(part, self.seed) if self.noise is not None else None
+        own = self._parts[part]
+        scenes = self.noise.scenes(part, self.seed, own) if self.noise is not None else None
         if part == "train":
             how = Variation(self.speeds, self.spec_augment, self.noise, scenes)
-            return Clips(self._parts[part], self.wants, how, (self.seed, part))
+            return Clips(own, self.wants, how, (self.seed, part))
         # Like lengths together: a batch is decoded until its longest transcript ends.
-        ordered = sorted(self._parts[part], key=lambda clip: len(clip.text))
+        ordered = sorted(own, key=lambda clip: len(clip.text))
         how = Variation(noise=self.noise, scenes=scenes)
         return Clips(ordered, self.wants, how, (self.seed, part))
 

@@ -8,8 +8,9 @@ recordings in folders (`noise_folders`) and the voices of other speakers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -55,22 +56,28 @@ class Synthetic:
 class Talkers:
     """Babble of other people's clips, each equally loud: their mean; one talker: a side speaker.
 
-    `clips` are those of each speaker [n]. The mean of K independent signals of unit power has the
-    power 1/K; the gain of the mixture sets the level in the end.
+    `clips` are those of each speaker, [n] or what reads it. The mean of K independent signals of
+    unit power has the power 1/K; the gain of the mixture sets the level in the end.
     """
 
-    clips: Mapping[str, Sequence[Tensor]]
+    clips: Mapping[str, Sequence[Tensor | Callable[[], Tensor]]]
     talkers: int = 30
 
     def draw(self, length: int, generator: Generator, without: str | None = None) -> Tensor:
-        others = [c for name in self.clips if name != without for c in self.clips[name] if c.any()]
+        """fp32 [length], or zeros where all others are silent."""
+        others = [clip for name in self.clips if name != without for clip in self.clips[name]]
         if not others:
             raise AdaptError(
                 f"no clip of a speaker other than {without!r} for babble; speakers: "
                 f"{', '.join(self.clips) or 'none'}"
             )
-        chosen = torch.randperm(len(others), generator=generator)[: self.talkers].tolist()
-        return overlay([fitted(others[i], length, generator) for i in chosen])
+        order = torch.randperm(len(others), generator=generator).tolist()
+        sounds = (
+            clip if isinstance(clip, Tensor) else clip() for clip in map(others.__getitem__, order)
+        )
+        heard = islice((sound for sound in sounds if sound.any()), self.talkers)
+        parts = [fitted(sound, length, generator) for sound in heard]
+        return overlay(parts) if parts else torch.zeros(length)
 
 
 def overlay(signals: Sequence[Tensor]) -> Tensor:
