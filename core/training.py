@@ -135,6 +135,9 @@ class AdaptedModule(LightningModule, ABC):
 
     def configure_model(self) -> None:
         require_strategy(self.trainer.strategy)
+        # DDP cannot send sparse buffers, and every process has built the same (Whisper has one).
+        sparse = [name for name, buffer in self.named_buffers() if buffer.is_sparse]
+        self._ddp_params_and_buffers_to_ignore = sparse  # the name that DDP looks for
 
     def on_fit_start(self) -> None:
         self._total = self._total_steps()

@@ -29,10 +29,10 @@ TWO = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.batch_size
 BOUND = 1e-6
 
 
-def started(*words: str) -> subprocess.Popen[str]:
-    """`polyadapt vision fit`, from a file: Lightning starts the other process as this one was."""
+def started(*words: str, domain: str = "vision") -> subprocess.Popen[str]:
+    """`polyadapt DOMAIN fit`, from a file: Lightning starts the other process as this one was."""
     Path("command.py").write_text(CODE)
-    command = [sys.executable, "command.py", "vision", "fit", *words]
+    command = [sys.executable, "command.py", domain, "fit", *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -1,0 +1,43 @@
+"""Two processes, each with workers that prepare clips, train a shared bank as one process does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from polyadapt.core import cli
+from polyadapt.core.store import read_file
+from polyadapt.tests.speech_cases import configuration, save_clip, save_whisper
+from polyadapt.tests.test_processes import assert_same, finished, started
+from polyadapt.tests.vision_cases import write
+
+pytestmark = pytest.mark.slow  # whole runs
+
+
+def test_two_processes_with_workers_train_s2_lora_as_one_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_whisper()
+    lines = ["path,text,split"]
+    for index in range(12):  # two processes divide both parts; every text has one token
+        save_clip(f"{index}.wav", 0.4, index)
+        part = "val" if index >= 8 else "train"
+        lines.append(f"{index}.wav,{('one', 'two', 'six')[index % 3]},{part}")
+    Path("m.csv").write_text("\n".join(lines) + "\n")
+    made = configuration(model__lr=0.01, trainer__max_epochs=3)
+    made["model"]["adapter"] = {"class_path": "S2LoRA", "init_args": {"rank": 4, "l1": 0.1}}
+    made["data"]["init_args"] |= {
+        "batch_size": 4,
+        "speeds": [0.9, 1.1],
+        "noise": {"kinds": ["pink"]},
+    }
+    write("a.yaml", made)
+    assert cli.main(["speech", "fit", "--config", "a.yaml", "--run", "one"]) == 0
+    two = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.init_args.batch_size=2"]
+    words = ["--config", "a.yaml", "--run", "two", *two, "--data.init_args.num_workers=2"]
+    finished(started(*words, domain="speech"))
+    assert_same("two", "one")
+    tensors = read_file("two/adapter.safetensors").tensors
+    assert sum(name.startswith(".bank/") for name in tensors) == 2, "A and B, once"
