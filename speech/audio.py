@@ -47,9 +47,11 @@ def pieces(path: str | Path) -> Iterator[Tensor]:
     path = _file(path)
     count = 0
     for block in _decoded(path):
-        if not np.isfinite(block).all():
+        finite = np.isfinite(block)
+        if not finite.all():
+            place = (count + int(finite.argmin())) / SAMPLE_RATE
             raise AdaptError(
-                f"{path} holds samples that are NaN or infinite, after {count / SAMPLE_RATE:.1f} s"
+                f"{path} holds samples that are NaN or infinite, from {place:.1f} s on"
             )
         count += len(block)
         if len(block):
@@ -90,9 +92,10 @@ class Recording:
 
     def window(self, start: int, length: int) -> Tensor:
         """The samples from `start` on, at most `length`; no later call may ask for earlier ones."""
+        self._let_go(start)
+        while self._start < start and self._read():
+            self._let_go(start)
         self._reach(start + length)
-        self._held = self._held[max(0, start - self._start) :]
-        self._start = max(start, self._start)
         return self._held[:length]
 
     def ends_by(self, place: int) -> bool:
@@ -100,12 +103,41 @@ class Recording:
         self._reach(place + 1)
         return self._start + len(self._held) <= place
 
+    def _let_go(self, place: int) -> None:
+        """Of what lies before."""
+        gone = min(max(place - self._start, 0), len(self._held))
+        self._held = self._held[gone:]
+        self._start += gone
+
     def _reach(self, place: int) -> None:
-        while self._start + len(self._held) < place:
-            piece = next(self._rest, None)
-            if piece is None:
-                return
+        while self._start + len(self._held) < place and self._read():
+            pass
+
+    def _read(self) -> bool:
+        """A further piece, if there is one."""
+        piece = next(self._rest, None)
+        if piece is not None:
             self._held = torch.cat([self._held, piece.float()])
+        return piece is not None
+
+
+def excerpts(source: str | Path | Tensor, length: int, most: int) -> Iterator[Tensor]:
+    """Windows [length] of a file or of samples [n], evenly spaced from its start to its end.
+
+    As many as cover it, at most so many; one that is shorter comes whole.
+
+    >>> [part.tolist() for part in excerpts(torch.arange(9.0), 3, most=2)]
+    [[0.0, 1.0, 2.0], [6.0, 7.0, 8.0]]
+    """
+    if isinstance(source, Tensor) or (seconds := seconds_of(_file(source))) is None:
+        source = source if isinstance(source, Tensor) else read_audio(source)
+        total = len(source)
+    else:
+        total = round(seconds * SAMPLE_RATE)
+    count = max(1, min(-(-total // length), most))
+    recording = Recording(source)
+    for start in torch.linspace(0, max(total - length, 0), count).long().tolist():
+        yield recording.window(start, length)
 
 
 def log_mel(clips: Sequence[Tensor], n_mels: int = 80, seconds: float = LONGEST) -> Tensor:

@@ -23,7 +23,7 @@ from ..core.fingerprint import digest, frozen_weights
 from ..core.sets import AdapterSet, sets_of, switch
 from ..core.store import read_file
 from .adapters import in_layout, load_set
-from .audio import HOP, SAMPLE_RATE, log_mel
+from .audio import HOP, SAMPLE_RATE, excerpts, log_mel
 from .bundle_record import (
     SELECTOR,
     Entry,
@@ -182,8 +182,8 @@ class Bundle:
         self.selector = selector
         return ""
 
-    def choose(self, heard: Tensor) -> Choice:
-        """The set for a clip: samples [n] at 16 kHz, or its log-mel [n_mels, frames], unpadded.
+    def choose(self, heard: Tensor | Path) -> Choice:
+        """The set for a file, samples [n] at 16 kHz, or a log-mel [n_mels, frames], unpadded.
 
         Silence and less than 0.1 s fall back to the general set or the base. Of a recording longer
         than 30 s, up to 8 windows are heard and their estimates averaged.
@@ -193,7 +193,10 @@ class Bundle:
                 f"{self.folder}: sets cannot be chosen automatically: {self.deaf}; choose by name: "
                 f"{', '.join([*self.names, NONE])}"
             )
-        mels = [heard] if heard.dim() == 2 else self._mels(usable(heard))
+        if isinstance(heard, Tensor) and heard.dim() == 2:
+            mels = [heard]
+        else:
+            mels = self._mels(usable(heard) if isinstance(heard, Tensor) else heard)
         if not all(bool(mel.isfinite().all()) for mel in mels):
             raise AdaptError("the log-mel holds NaN or infinite values")
         mels = [mel for mel in mels if bool((mel != mel.flatten()[0]).any())]
@@ -203,17 +206,13 @@ class Bundle:
         classes, snr = self._estimate(self.selector, mels)
         return self.decision.choose(classes, snr, self.names)
 
-    def _mels(self, samples: Tensor) -> list[Tensor]:
+    def _mels(self, heard: Tensor | Path) -> list[Tensor]:
         """Log-mels of evenly spaced windows of at most 30 s, as long as the clip itself."""
-        if samples.numel() < _SHORTEST:
-            return []
-        count = min(-(-samples.numel() // _WINDOW), _MOST_WINDOWS)
-        starts = torch.linspace(0, max(samples.numel() - _WINDOW, 0), count).long().tolist()
-        windows = [samples[start : start + _WINDOW] for start in starts]
         n_mels = self.record.hearing.n_mels
         return [
             log_mel([w], n_mels, w.numel() / SAMPLE_RATE)[0, :, : -(-w.numel() // HOP)]
-            for w in windows
+            for w in excerpts(heard, _WINDOW, _MOST_WINDOWS)
+            if w.numel() >= _SHORTEST
         ]
 
     @torch.no_grad()

@@ -15,7 +15,6 @@ from .decision import Choice
 def main(argv: list[str]) -> int:
     """Print scenario, probabilities, SNR, expected WERs and the choice for every clip."""
     asked = _parser().parse_args(argv)
-    from .audio import read_audio
     from .bundle import Bundle
 
     bundle = Bundle.open(asked.sets)
@@ -26,7 +25,7 @@ def main(argv: list[str]) -> int:
     failed = 0
     for clip in asked.clips:
         try:
-            choice = bundle.choose(read_audio(clip))
+            choice = bundle.choose(clip)
         except AdaptError as error:
             failed += 1
             print(f"polyadapt: skipped: {error}", file=sys.stderr)

@@ -16,6 +16,7 @@ from polyadapt.core.errors import AdaptError
 from polyadapt.speech import audio
 from polyadapt.speech.audio import (
     Recording,
+    excerpts,
     frames_of,
     log_mel,
     pieces,
@@ -87,7 +88,11 @@ def test_what_cannot_be_heard_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "holds no sample" in _error(tmp_path / "empty.wav")
     for bad in (math.nan, math.inf):
         soundfile.write(tmp_path / "bad.wav", np.array([0.0, bad, 0.0]), 16_000, subtype="FLOAT")
-        assert "samples that are NaN or infinite" in _error(tmp_path / "bad.wav")
+        assert "samples that are NaN or infinite, from 0.0 s on" in _error(tmp_path / "bad.wav")
+    late = np.zeros(400_000)
+    late[384_000] = math.nan
+    soundfile.write(tmp_path / "late.wav", late, 16_000, subtype="FLOAT")
+    assert "NaN or infinite, from 24.0 s on" in _error(tmp_path / "late.wav")
 
 
 def test_a_flac_that_was_cut_short_is_refused(tmp_path: Path) -> None:
@@ -196,3 +201,44 @@ def test_a_recording_is_heard_forward_and_keeps_no_more_than_a_window(tmp_path: 
     assert recording.ends_by(960_000)
     assert not recording.ends_by(959_999)
     assert recording.window(960_000, 10).shape == (0,)
+
+
+def _of_hours(monkeypatch: pytest.MonkeyPatch, hours: int, path: Path) -> Path:
+    """A file that says it lasts so many hours; its samples count pieces of 10 s."""
+    seconds = 3600 * hours
+    path.write_bytes(b"")
+    numbers = (torch.full((10 * 16_000,), float(i)) for i in range(0, seconds, 10))
+    monkeypatch.setattr(audio, "pieces", lambda path: numbers)
+    monkeypatch.setattr(audio, "seconds_of", lambda path: float(seconds))
+    return path
+
+
+def test_excerpts_of_three_hours_are_read_without_what_lies_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    class Watched(Recording):
+        def _read(self) -> bool:
+            held.append(len(self._held) / 16_000)
+            return super()._read()
+
+    monkeypatch.setattr(audio, "Recording", Watched)
+    parts = list(excerpts(_of_hours(monkeypatch, 3, tmp_path / "a"), 30 * 16_000, most=4))
+    assert [len(part) for part in parts] == [480_000] * 4
+    assert [int(part[0]) for part in parts] == [0, 3590, 7180, 10770]
+    assert max(held) <= 30
+
+
+def test_excerpts_of_what_only_decoding_measures_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soundfile.write(tmp_path / "a.wav", _tone(5.0, 8_000), 8_000)
+    known = list(excerpts(tmp_path / "a.wav", 32_000, most=8))
+    assert [len(part) for part in known] == [32_000] * 3
+    monkeypatch.setattr(audio, "seconds_of", lambda path: None)
+    unknown = list(excerpts(tmp_path / "a.wav", 32_000, most=8))
+    assert all(torch.equal(*pair) for pair in zip(known, unknown, strict=True))
+    whole = read_audio(tmp_path / "a.wav")
+    assert torch.equal(known[2], whole[48_000:])
+    assert [len(part) for part in excerpts(whole, 100_000, most=8)] == [80_000]

@@ -13,6 +13,7 @@ import soundfile
 from torch import Tensor
 from whisper.decoding import DecodingResult
 
+from polyadapt.core import cli
 from polyadapt.core.errors import AdaptError
 from polyadapt.speech import ears, transcribe
 from polyadapt.speech.backbones import OfflineTinyEn, OpenAIWhisper, TransformersWhisper
@@ -29,6 +30,7 @@ from polyadapt.tests.scripted_speech import (
     scripted_speech,
     tone,
 )
+from polyadapt.tests.speech_models import tiny_speech
 
 
 @pytest.fixture
@@ -92,7 +94,7 @@ def test_what_breaks_off_in_the_middle_is_written_as_partial(
     soundfile.write(tmp_path / "a.wav", audio, RATE, subtype="FLOAT")
     out = tmp_path / "out"
     assert transcribe.main([str(tmp_path / "a.wav"), "--out", str(out), "--format", "json"]) == 2
-    assert "NaN or infinite, after 60.0 s" in capsys.readouterr().err
+    assert "NaN or infinite, from 65.0 s on" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["a.partial.json"]
     record = json.loads((out / "a.partial.json").read_text())
     assert (record["complete"], record["seconds"]) == (False, 60.0)
@@ -123,6 +125,32 @@ def test_ctrl_c_keeps_what_was_heard_so_far(
     monkeypatch.setattr(scripted, "decode_states", original)
     assert transcribe.main([files[1], "--out", str(out)]) == 0
     assert {p.name for p in out.iterdir()} == {"a.txt", "b.txt"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--language", "de"], r"English-only \(tiny.en, .*cannot take the language 'de'"),
+        (["--language", "klingon"], "no language 'klingon'"),
+        (["--task", "translate"], "English-only .* cannot translate"),
+    ],
+)
+def test_what_an_english_model_cannot_do_is_one_line(
+    asked: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ears, "ears", lambda wanted: (tiny_speech(), ears._told(NO_SET, wanted)))
+    argv = ["speech", "transcribe", _wav(tmp_path / "a.wav", 1.0), *asked]
+    assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr()
+    assert re.fullmatch(f"polyadapt: .*{said}.*\n", told.err)
+    assert (told.out, list((tmp_path / "out").iterdir())) == ("", [])
+
+
+NO_SET = Conditions()
 
 
 def test_options_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:

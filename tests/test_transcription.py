@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from polyadapt.core import LoRA, attach
 from polyadapt.core.errors import AdaptError
+from polyadapt.speech import transcription
+from polyadapt.speech.audio import Recording
 from polyadapt.speech.segments import Segment, Span, Transcript, Word, later, spans
 from polyadapt.speech.subtitles import FORMATS, srt, vtt
 from polyadapt.speech.transcription import Conditions, Manner, transcribe_all
@@ -100,6 +103,34 @@ def test_silence_and_ten_milliseconds_hold_no_speech_and_are_not_decoded(audio: 
     assert (found.text, found.complete) == ("", True)
     assert found.seconds == len(audio) / RATE
     assert scripted.batches == []
+
+
+def test_three_hours_are_heard_with_a_window_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+
+    class Long(Recording):
+        """Silence, but for a minute after half of the time."""
+
+        def __init__(self, source: Any) -> None:
+            super().__init__(torch.empty(0))
+            loud, silent = tone(1.0, 10.0), torch.zeros(10 * RATE)
+            self._rest = iter(loud if 540 <= i < 546 else silent for i in range(1080))
+
+        def window(self, start: int, length: int) -> Tensor:
+            found = super().window(start, length)
+            held.append(len(self._held) / RATE)
+            return found
+
+    monkeypatch.setattr(transcription, "Recording", Long)
+    scripted, speech = scripted_speech({1.0: [result(A)]})
+    found = heard(speech, torch.empty(0))
+    assert [(s.start, s.text) for s in found.segments] == [
+        (5400.0, " one two"),
+        (5430.0, " one two"),
+    ]
+    assert (found.seconds, found.complete) == (10_800.0, True)
+    assert len(scripted.batches) == 2
+    assert max(held) <= 40
 
 
 def test_what_the_model_takes_for_silence_has_no_text() -> None:
