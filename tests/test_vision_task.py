@@ -18,12 +18,13 @@ from torch import Tensor
 from polyadapt.core import HeadOnly, LoRA, MoSA, Recipe
 from polyadapt.core.adapters.mosa import symmetric_kl
 from polyadapt.core.errors import AdaptError, StoreError
+from polyadapt.core.images.classifying import Prediction
 from polyadapt.core.images.data import ArrayData
 from polyadapt.core.images.preprocessing import Preprocessing
 from polyadapt.core.run_files import RunFiles
 from polyadapt.core.store import read_file
 from polyadapt.vision.backbones import TimmBackbone
-from polyadapt.vision.predict import Classifier, Prediction
+from polyadapt.vision.predict import Classifier
 from polyadapt.vision.task import ImageClassification
 
 pytestmark = pytest.mark.slow

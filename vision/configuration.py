@@ -9,9 +9,9 @@ from lightning.pytorch import Trainer
 
 from ..core.configuration import Domain
 from ..core.images.data import ImageData
+from ..core.images.measured import TEST_PICTURE, TEST_TABLE, Measured
 from .backbones import Backbone
 from .frozen_prefix import require_fixed_images
-from .measured import TEST_PICTURE, TEST_TABLE, Measured
 from .predict import describe
 from .task import ImageClassification
 

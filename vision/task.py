@@ -12,16 +12,12 @@ import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from torch import Generator, Tensor, nn
 from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCalibrationError,
-    MulticlassF1Score,
-)
 
 from ..core.adapters.head_only import HeadOnly
 from ..core.adapters.mosa import symmetric_kl
 from ..core.errors import AdaptError
 from ..core.images.data import ImageData
+from ..core.images.measured import class_metrics
 from ..core.images.preprocessing import Mode, Preprocessing
 from ..core.prefix_cache import PrefixCache
 from ..core.recipe import Recipe
@@ -154,7 +150,7 @@ class ImageClassification(AdaptedModule):
         self.classes = tuple(classes)
         self.head = _fresh_head(feature_width(self.backbone), len(classes))
         self.metrics = nn.ModuleDict(
-            {part: _metrics(part, len(classes)) for part in ("val", "test")}
+            {part: class_metrics(part, len(classes)) for part in ("val", "test")}
         )
         self.adapters.extra = {
             "task": TASK,
@@ -219,14 +215,3 @@ def _folder_of(trainer: Trainer) -> Path:
     """Where the run writes its files, else the system's temporary folder."""
     runs = [callback.folder for callback in trainer.callbacks if isinstance(callback, RunFiles)]  # type: ignore[attr-defined]
     return runs[0] if runs and runs[0].is_dir() else Path(tempfile.gettempdir())
-
-
-def _metrics(part: str, classes: int) -> MetricCollection:
-    return MetricCollection(
-        {
-            "top1": MulticlassAccuracy(classes, average="micro"),
-            "macro_f1": MulticlassF1Score(classes, average="macro"),
-            "calibration_error": MulticlassCalibrationError(classes, n_bins=15),
-        },
-        prefix=f"{part}_",
-    )
