@@ -1,0 +1,1 @@
+"""Image-text models: CLIP and its kin, adapted with few images per class."""
