@@ -79,12 +79,12 @@ class _Told:
 
     def interrupted(self) -> None:
         self.progress.clear()
+        if not self.open:
+            print("polyadapt: interrupted", file=sys.stderr)
         for number, found in sorted(self.open.items()):
             heard = f"{self.files[number]} is heard up to {_minutes(found.seconds)}"
             print(f"polyadapt: interrupted: {heard}", file=sys.stderr)
             self._end(number, found, partial=True)
-        if not self.open:
-            print("polyadapt: interrupted", file=sys.stderr)
 
     def _end(self, number: int, found: Transcript, partial: bool) -> None:
         """Write a transcript, under another name if it is not whole; not an empty failure."""

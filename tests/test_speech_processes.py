@@ -1,14 +1,21 @@
-"""Two processes, each with workers that prepare clips, train a shared bank as one process does."""
+"""Two processes, and workers that prepare clips: they train a shared bank as one process does."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from polyadapt.core import cli
 from polyadapt.core.store import read_file
-from polyadapt.tests.speech_cases import configuration, save_clip, save_whisper
+from polyadapt.tests.speech_cases import (
+    configuration,
+    save_clip,
+    save_manifest,
+    save_whisper,
+)
 from polyadapt.tests.test_processes import assert_same, finished, started
 from polyadapt.tests.vision_cases import write
 
@@ -41,3 +48,19 @@ def test_two_processes_with_workers_train_s2_lora_as_one_process_does(
     assert_same("two", "one")
     tensors = read_file("two/adapter.safetensors").tensors
     assert sum(name.startswith(".bank/") for name in tensors) == 2, "A and B, once"
+
+
+def test_a_clip_that_a_worker_cannot_use_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_whisper()
+    save_manifest(count=5)
+    samples = np.full(6_400, 0.1)
+    samples[3_200:] = np.nan
+    soundfile.write("clips/2.wav", samples, 16_000, subtype="FLOAT")
+    write("a.yaml", configuration(data__init_args__num_workers=1))
+    assert cli.main(["speech", "fit", "--config", "a.yaml"]) == 2
+    said = "polyadapt: clips/2.wav holds samples that are NaN or infinite, from 0.2 s on\n"
+    assert capsys.readouterr().err == said
+    assert not Path("runs/a/adapter.safetensors").exists()

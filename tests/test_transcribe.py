@@ -118,7 +118,7 @@ def test_ctrl_c_keeps_what_was_heard_so_far(
     out = tmp_path / "out"
     assert transcribe.main([*files, "--out", str(out)]) == 130
     said = capsys.readouterr()
-    assert f"interrupted: {files[1]} is heard up to 1:00" in said.err
+    assert said.err == f"polyadapt: interrupted: {files[1]} is heard up to 1:00\n"
     assert {p.name for p in out.iterdir()} == {"a.txt", "b.partial.txt"}
     assert (out / "b.partial.txt").read_text() == "one two\nthree\n" * 2
     # A later run that ends replaces the part by the whole.
