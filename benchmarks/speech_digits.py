@@ -373,19 +373,25 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add = parser.add_argument
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """The options that the benchmarks on digits share."""
+    made = argparse.ArgumentParser(description=(about or "").splitlines()[0])
+    add = made.add_argument
     add("data", type=Path, help="a zip of digit_speaker_index.wav files")
-    add("--jfk", type=Path, help="the recording of Kennedy's sentence")
-    add("--methods", type=_names, default=list(METHODS), help="default: all")
+    add("--methods", type=_names, default=list(METHODS), help=",".join(METHODS))
     add("--folds", type=_numbers, default=[0, 1, 2])
     add("--seeds", type=_numbers, default=[0, 1, 2])
-    add("--steps", type=int, default=300)
+    add("--steps", type=int, default=300, help="of every set")
     add("--seconds", type=float, default=1.4, help="the context of training and scoring")
-    add("--sentences", type=int, default=60)
-    add("--out", type=Path, default=Path("speech_digits.jsonl"))
-    return parser
+    return made
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = parser(__doc__)
+    made.add_argument("--jfk", type=Path, help="the recording of Kennedy's sentence")
+    made.add_argument("--sentences", type=int, default=60)
+    made.add_argument("--out", type=Path, default=Path("speech_digits.jsonl"))
+    return made
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from polyadapt.benchmarks.rounds import machine, one_thread
-from polyadapt.benchmarks.speech_digits import BATCH, METHODS, Digits, Errors, heard, recogniser
+from polyadapt.benchmarks.speech_digits import BATCH, Digits, Errors, heard, parser, recogniser
 from polyadapt.benchmarks.speech_digits import trained as trained_task
 from polyadapt.benchmarks.speech_mixtures import (
     CATEGORIES,
@@ -256,30 +256,14 @@ def main() -> None:
     print(f"{machine('openai-whisper', 'lightning')}; babble of {babble}; {settings}")
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
-
-
-def _methods(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in METHODS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(METHODS)}")
-    return names
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add = parser.add_argument
-    add("data", type=Path, help="a zip of digit_speaker_index.wav files")
-    add("--methods", type=_methods, default=["LoRA", "S2LoRA"], help="default: LoRA,S2LoRA")
-    add("--folds", type=_numbers, default=[0, 1, 2])
-    add("--seeds", type=_numbers, default=[0])
-    add("--steps", type=int, default=300, help="of every set, that for all included")
+    made = parser(__doc__)
+    made.set_defaults(methods=["LoRA", "S2LoRA"], seeds=[0])
+    add = made.add_argument
     add("--selector-steps", type=int, default=400)
-    add("--seconds", type=float, default=1.4, help="the context of training and scoring")
     add("--limit", type=int, help="so many validation and test clips of a fold alone")
     add("--out", type=Path, default=Path("speech_noise"), help="the folder of what is kept")
-    return parser
+    return made
 
 
 if __name__ == "__main__":
