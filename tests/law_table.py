@@ -23,6 +23,7 @@ from polyadapt.core import (
     AdapterTune,
     AdaptFormer,
     BitFit,
+    BlockLoRA,
     Bottleneck,
     DoRA,
     FullFineTuning,
@@ -143,6 +144,21 @@ ROWS = {
         # noise of 1/4 in a third factor, E: a scale 4 times as large makes the update as large
         AdaLoRA(rank=2, initial_rank=3, alpha=24),
         trained=lambda s: 3 * (sum(s.shape) + 1),
+    ),
+    "BlockLoRA": both_forms(
+        BlockLoRA(rank=6, alpha=5), trained=lambda s: 3 * s.shape[1] + 6 * s.shape[0]
+    ),
+    "BlockLoRA, input": replace(
+        both_forms(
+            BlockLoRA(rank=3, alpha=3.5, split="input"),
+            trained=lambda s: 3 * s.shape[1] // 2 + 3 * s.shape[0],
+        ),
+        layers=[name for name in MATRICES if name != "embedding"],  # of 11 rows: no two slices
+    ),
+    "BlockLoRA, dropouts in eval": both_forms(
+        BlockLoRA(rank=6, dropout=0.5, arm_dropout=0.5),
+        trained=lambda s: 3 * s.shape[1] + 6 * s.shape[0],
+        like="BlockLoRA",
     ),
     "S2LoRA": replace(
         both_forms(S2LoRA(rank=3, alpha=24, share="shape"), trained=lambda s: 3),
