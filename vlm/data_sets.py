@@ -1,0 +1,273 @@
+"""The eleven data sets of CoOp's few-shot protocol by name, as a user has them on disk."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import AdaptError
+from ..core.images.data import ImageData
+from ..core.images.sources import (
+    Source,
+    Sources,
+    images_in,
+    read_folders,
+    read_torchvision,
+)
+from .coop import (
+    Fewer,
+    Half,
+    Row,
+    few_shot,
+    half_of,
+    listed,
+    picked,
+    read_split,
+    split_by_seed,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """Where a data set lies below its root, and what CoOp's table counts in it."""
+
+    folder: str
+    images: str
+    """The folder of images inside `folder`."""
+    classes: int
+    test_images: int
+    split: str | None = None
+    torchvision: str | None = None
+    """torchvision's name of it, whose own files serve where there is no split file."""
+    left_out: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Folder -> class name, where the split file has another one."""
+
+
+_EUROSAT = {
+    "AnnualCrop": "Annual Crop Land",
+    "HerbaceousVegetation": "Herbaceous Vegetation Land",
+    "Highway": "Highway or Road",
+    "Industrial": "Industrial Buildings",
+    "Pasture": "Pasture Land",
+    "PermanentCrop": "Permanent Crop Land",
+    "Residential": "Residential Buildings",
+    "SeaLake": "Sea or Lake",
+}
+_CALTECH = {
+    "Faces": "face",
+    "Leopards": "leopard",
+    "Motorbikes": "motorbike",
+    "airplanes": "airplane",
+}
+
+DATA_SETS: Mapping[str, DataSet] = {
+    "imagenet": DataSet(folder="imagenet", images="images", classes=1000, test_images=50000),
+    "sun397": DataSet(
+        folder="sun397",
+        images="SUN397",
+        classes=397,
+        test_images=19850,
+        split="split_zhou_SUN397.json",
+        torchvision="SUN397",
+    ),
+    "fgvc_aircraft": DataSet(
+        folder="fgvc_aircraft", images="images", classes=100, test_images=3333
+    ),
+    "eurosat": DataSet(
+        folder="eurosat",
+        images="2750",
+        classes=10,
+        test_images=8100,
+        split="split_zhou_EuroSAT.json",
+        renamed=_EUROSAT,
+    ),
+    "stanford_cars": DataSet(
+        folder="stanford_cars",
+        images=".",
+        classes=196,
+        test_images=8041,
+        split="split_zhou_StanfordCars.json",
+    ),
+    "food101": DataSet(
+        folder="food-101",
+        images="images",
+        classes=101,
+        test_images=30300,
+        split="split_zhou_Food101.json",
+    ),
+    "oxford_pets": DataSet(
+        folder="oxford_pets",
+        images="images",
+        classes=37,
+        test_images=3669,
+        split="split_zhou_OxfordPets.json",
+        torchvision="OxfordIIITPet",
+    ),
+    "oxford_flowers": DataSet(
+        folder="oxford_flowers",
+        images="jpg",
+        classes=102,
+        test_images=2463,
+        split="split_zhou_OxfordFlowers.json",
+        torchvision="Flowers102",
+    ),
+    "caltech101": DataSet(
+        folder="caltech-101",
+        images="101_ObjectCategories",
+        classes=100,
+        test_images=2465,
+        split="split_zhou_Caltech101.json",
+        left_out=("BACKGROUND_Google", "Faces_easy"),
+        renamed=_CALTECH,
+    ),
+    "dtd": DataSet(
+        folder="dtd",
+        images="images",
+        classes=47,
+        test_images=1692,
+        split="split_zhou_DescribableTextures.json",
+    ),
+    "ucf101": DataSet(
+        folder="ucf101",
+        images="UCF-101-midframes",
+        classes=101,
+        test_images=3783,
+        split="split_zhou_UCF101.json",
+    ),
+}
+"""Folders as CoOp's instructions name them; keys are those of `prompts.TEMPLATES`."""
+
+
+class CoOpData(ImageData):
+    """K images of every class of one of the eleven data sets, and its test part.
+
+    name: a key of `DATA_SETS`; root: the folder that holds `DATA_SETS[name].folder`, laid out as
+    CoOp's instructions say. Where the published split file (or, for Aircraft and ImageNet, the data
+    set's own parts) is, it decides; else class folders are split 50/20/30 by `seed`, or
+    torchvision's files below `root` are read, with a warning either way: such numbers compare with
+    no published ones.
+    shots: images of every class, None keeps the whole training part; drawn by `seed`; fewer:
+    "repeat" uses images of a class that has not so many more than once, "refuse" stops there.
+    half: "base" or "new" keeps that half of the classes (CoCoOp, arXiv 2203.05557).
+
+    Further settings are those of `ImageData`. Raises `AdaptError` for an unknown name and what is
+    not there; counts other than the published ones bring a warning.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str,
+        shots: int | None = None,
+        fewer: Fewer = "repeat",
+        half: Half = "all",
+        **common: Any,
+    ) -> None:
+        super().__init__(shots=shots, **common)
+        if name not in DATA_SETS:
+            near = difflib.get_close_matches(name, DATA_SETS, n=1, cutoff=0.3)
+            raise AdaptError(
+                f"unknown data set {name!r}"
+                + (f"; nearest: {near[0]}" if near else "")
+                + f"; there are {', '.join(DATA_SETS)}"
+            )
+        self.name_ = name
+        self.root = root
+        self.fewer: Fewer = fewer
+        self.half: Half = half
+
+    def read(self) -> Sources:
+        whole = read_data_set(self.name_, Path(self.root), self.seed)
+        kept = half_of(whole, self.half)
+        return kept if self.shots is None else few_shot(kept, self.shots, self.seed, self.fewer)
+
+
+def read_data_set(name: str, root: Path, seed: int = 0) -> Sources:
+    """All images of one of the eleven, in their parts; see `CoOpData`."""
+    known = DATA_SETS[name]
+    folder = root / known.folder
+    if name == "imagenet":
+        sources = _imagenet(folder)
+    elif name == "fgvc_aircraft":
+        sources = _aircraft(folder)
+    elif known.split is not None and (folder / known.split).is_file():
+        sources = read_split(folder / known.split, folder / known.images)
+    else:
+        warnings.warn(
+            f"{name}: there is no {folder / str(known.split)}, so the parts are not the published"
+            " ones, and neither are the numbers",
+            stacklevel=2,
+        )
+        return _without_split(name, root, seed)
+    _tell_other_counts(name, sources)
+    return sources
+
+
+def _tell_other_counts(name: str, sources: Sources) -> None:
+    known, found = DATA_SETS[name], len(sources.test.labels) if sources.test else 0
+    if (len(sources.classes), found) != (known.classes, known.test_images):
+        warnings.warn(
+            f"{name} has {len(sources.classes)} classes and {found} test images here, "
+            f"{known.classes} and {known.test_images} in the published table",
+            stacklevel=3,
+        )
+
+
+def _without_split(name: str, root: Path, seed: int) -> Sources:
+    known = DATA_SETS[name]
+    images = root / known.folder / known.images
+    if known.torchvision is not None:
+        return read_torchvision(known.torchvision, str(root), download=False)
+    if known.images == "." or not images.is_dir():
+        wanted = f"{images / 'CLASS' / 'IMAGE'} or " if known.images != "." else ""
+        raise AdaptError(f"{name}: there is neither {wanted}{root / known.folder}/{known.split}")
+    found = read_folders(str(images))
+    keep = [label for label, name in enumerate(found.classes) if name not in known.left_out]
+    indices = [i for i, label in enumerate(found.train.labels) if label in set(keep)]
+    some = picked(found.train, indices)
+    source = Source([keep.index(label) for label in some.labels], some.image)
+    names = tuple(known.renamed.get(found.classes[label], found.classes[label]) for label in keep)
+    return split_by_seed(names, source, seed)
+
+
+def _aircraft(folder: Path) -> Sources:
+    """`variants.txt`, and for every part lines "image variant" in `images_variant_<part>.txt`."""
+    variants = _lines(folder / "variants.txt")
+    number = {name: label for label, name in enumerate(variants)}
+    rows: dict[str, list[Row]] = {}
+    for part in ("train", "val", "test"):
+        file = folder / f"images_variant_{part}.txt"
+        rows[part] = []
+        for line in _lines(file):
+            image, _, variant = line.partition(" ")
+            if variant not in number:
+                raise AdaptError(f"{file}: {line!r} names no variant of {folder / 'variants.txt'}")
+            rows[part].append((f"{image}.jpg", number[variant], variant))
+    return listed(folder, folder / "images", rows)
+
+
+def _imagenet(folder: Path) -> Sources:
+    """`classnames.txt` with lines "n01440764 tench"; its validation part is the test part."""
+    names = [line.partition(" ") for line in _lines(folder / "classnames.txt")]
+    rows: dict[str, list[Row]] = {"train": [], "test": []}
+    for part, sub in (("train", "train"), ("test", "val")):
+        top = folder / "images" / sub
+        for label, (wnid, _, name) in enumerate(names):
+            files = images_in(top / wnid)
+            rows[part] += [(f"{f.relative_to(folder / 'images')}", label, name) for f in files]
+    if not rows["train"]:
+        raise AdaptError(f"imagenet: there is no image in {folder / 'images' / 'train' / 'WNID'}")
+    return listed(folder, folder / "images", rows)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdaptError(f"cannot read {file}: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
