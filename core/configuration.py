@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from .training import require_strategy
 
 Verb = Literal["fit", "validate", "test"]
 
-_ABOUT = {
+_ABOUT: dict[Verb, str] = {
     "fit": "Adapt a frozen backbone to {things} and write a run folder. "
     "`--resume FOLDER` goes on with a run that was stopped.",
     "validate": "Measure an adapter file (--set) or a checkpoint (--ckpt_path): validation part.",
@@ -45,6 +45,7 @@ class Domain:
     measured      makes the callback that writes what a test found into a folder
     test_files    the files that it writes there
     next_words    the words of a command to go on with, of which {adapter} is one
+    called        what its verbs are called; one that it does not have is left out
     check         refuses task, data and trainer that do not fit, before anything is written
     ============  ==================================================================
     """
@@ -56,10 +57,15 @@ class Domain:
     backbone: type[Any]
     subclasses: Sequence[type]
     backbone_of: Callable[[str], Any]
-    measured: Callable[[Path], Callback]
-    test_files: Sequence[str]
+    measured: Callable[[Path], Callback] = lambda _: Callback()
+    test_files: Sequence[str] = ()
     next_words: str
+    called: Mapping[Verb, str] = field(default_factory=lambda: {verb: verb for verb in _ABOUT})
     check: Callable[[Any, Any, Trainer], None] = lambda *_: None
+
+    def command(self, verb: Verb) -> str:
+        """What a user types for a verb."""
+        return f"polyadapt {self.name} {self.called[verb]}"
 
     def class_names(self) -> dict[str, list[str]]:
         """Key of a configuration -> the short names of the classes that it may have."""
@@ -94,7 +100,7 @@ class DomainCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={"max_epochs": 10, "logger": False, "enable_model_summary": False},
             parser_kwargs={
-                "prog": f"polyadapt {domain.name} {verb}",
+                "prog": domain.command(verb),
                 "description": _ABOUT[verb].format(things=domain.things),
                 "exit_on_error": False,
             },

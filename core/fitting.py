@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import cast
 
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -22,7 +23,7 @@ def run(domain: Domain, verb: str, argv: Sequence[str]) -> int:
         if verb == "fit":
             trained = fit(domain, argv)
             if trained.trainer.is_global_zero and (trained.folder / ADAPTER).is_file():
-                say_what_to_do_next(domain.name, trained.folder, domain.next_words)
+                _say_what_to_do_next(domain, trained.folder)
         else:
             measure(domain, cast(Verb, verb), argv)
     return 0
@@ -38,9 +39,14 @@ def fit(domain: Domain, argv: Sequence[str]) -> DomainCLI:
     try:
         train(cli)
     except KeyboardInterrupt:
-        say_how_to_go_on(domain.name, cli.folder)
+        say_how_to_go_on(domain.command("fit"), cli.folder)
         raise
     return cli
+
+
+def _say_what_to_do_next(domain: Domain, folder: Path) -> None:
+    measure = domain.command("test" if "test" in domain.called else "validate")
+    say_what_to_do_next(folder, measure, f"polyadapt {domain.name} {domain.next_words}")
 
 
 def train(cli: DomainCLI) -> None:
@@ -59,7 +65,9 @@ def measure(
     """Validate or test an adapter file or a checkpoint; the metrics by name."""
     cli = DomainCLI(domain, verb, argv)
     if (cli.set_file is None) == (cli.config.ckpt_path is None):
-        raise AdaptError(f"{verb} needs what to measure: either --set FILE or --ckpt_path FILE")
+        raise AdaptError(
+            f"{domain.called[verb]} needs what to measure: either --set FILE or --ckpt_path FILE"
+        )
     ask = cli.trainer.validate if verb == "validate" else cli.trainer.test
     checkpoint = cli.config.ckpt_path
     found = ask(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, verbose=verbose)

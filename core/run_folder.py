@@ -72,20 +72,20 @@ def refuse_to_replace(folder: Path, checkpoint: str | None) -> None:
         )
 
 
-def say_how_to_go_on(domain: str, folder: Path) -> None:
-    """After an interrupt."""
+def say_how_to_go_on(fit: str, folder: Path) -> None:
+    """After an interrupt of the command `fit`."""
     if (folder / LAST).is_file():
-        again = f"polyadapt {domain} fit --resume {shlex.quote(str(folder))}"
+        again = f"{fit} --resume {shlex.quote(str(folder))}"
         print(f"polyadapt: stopped; to go on: {again}", file=sys.stderr)
     else:
         print("polyadapt: stopped before the first epoch ended; start again", file=sys.stderr)
 
 
-def say_what_to_do_next(domain: str, folder: Path, use: str) -> None:
-    """After a whole run: its files, and what can be done with them; `use` holds {adapter}."""
+def say_what_to_do_next(folder: Path, measure: str, use: str) -> None:
+    """After a whole run: its files, and the commands to go on with; `use` holds {adapter}."""
     for name in (CONFIG, *OF_A_RUN):
         if (folder / name).is_file():
             print(folder / name)
     adapter, config = (shlex.quote(str(folder / name)) for name in (ADAPTER, CONFIG))
-    print(f"next: polyadapt {domain} test --config {config} --set {adapter}")
-    print(f"      polyadapt {domain} {use.format(adapter=adapter)}", flush=True)
+    print(f"next: {measure} --config {config} --set {adapter}")
+    print(f"      {use.format(adapter=adapter)}", flush=True)

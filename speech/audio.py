@@ -77,16 +77,19 @@ def seconds_of(path: str | Path) -> float | None:
 
 
 class Recording:
-    """A file, or samples [n], heard from front to back: what lies behind is let go.
+    """A file, samples [n] or pieces of them, from front to back: what lies behind is let go.
 
     >>> recording = Recording(torch.arange(40.0))
     >>> recording.window(10, 3), recording.ends_by(39), recording.ends_by(40)
     (tensor([10., 11., 12.]), False, True)
     """
 
-    def __init__(self, source: str | Path | Tensor) -> None:
+    def __init__(self, source: str | Path | Tensor | Iterator[Tensor]) -> None:
         self.source = source
-        self._rest = iter([source]) if isinstance(source, Tensor) else pieces(source)
+        if isinstance(source, Iterator):
+            self._rest = source
+        else:
+            self._rest = iter([source]) if isinstance(source, Tensor) else pieces(source)
         self._held = torch.empty(0)
         self._start = 0  # of what is held, in samples
 

@@ -22,8 +22,9 @@ from ..core.order import EpochAndPosition
 from .audio import HOP, LONGEST, log_mel, read_audio
 from .augmentation import SpecAugment
 from .av_plan import CLEAN_SHARE
-from .fusion import trimmed
-from .mouth_crops import CROP, augmented, centred, normalised, read_crops
+from .clips import seconds_of_file
+from .fusion import FusionSizes, trimmed
+from .mouth_crops import CROP, augmented, centred, normalised, pictures_in, read_film
 from .scenes import Scene, draw_any, seeded
 from .video_front import MELS_PER_FRAME
 
@@ -46,27 +47,59 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class FilmedClip:
-    """A recording and its mouth crops uint8 [f, h, w], or features [f, d], at 25 Hz."""
+    """A recording and its mouth crops uint8 [f, h, w], or features [f, d], at 25 Hz.
+
+    `lasts`: how many seconds it sounds and how many pictures it has, as far as that is known
+    without reading it all.
+    """
 
     name: str
     hear: Callable[[], Tensor]
     see: Callable[[], Tensor]
     speaker: str | None = None
+    lasts: Callable[[], tuple[float, int | None]] | None = None
 
     @classmethod
     def of_files(
         cls, audio: str | Path, video: str | Path, speaker: str | None = None
     ) -> FilmedClip:
-        """A sound file, and what `read_crops` reads."""
-        return cls(str(audio), partial(read_audio, audio), partial(read_crops, video), speaker)
+        """A sound file, and what `read_film` reads."""
+        hear, see = partial(read_audio, audio), partial(read_film, video)
+        return cls(str(audio), hear, see, speaker, partial(_lengths, Path(audio), video))
+
+    def both(self) -> tuple[Tensor, Tensor]:
+        """Sound [n] and pictures of the time that both have; over 0.2 s apart is refused."""
+        sound, pictures = self.hear(), self.see()
+        frames = self.shared(len(sound) // HOP, len(pictures))
+        return sound[: _SAMPLES * frames], pictures[:frames]
+
+    def shared(self, mel_frames: int, pictures: int) -> int:
+        """How many pictures of time sound and video share."""
+        try:
+            return len(trimmed(torch.empty(0, mel_frames), torch.empty(pictures, 0))[1])
+        except AdaptError as error:
+            raise AdaptError(f"{self.name}: {error}") from error
+
+
+def _lengths(audio: Path, video: str | Path) -> tuple[float, int | None]:
+    return seconds_of_file(audio), pictures_in(video)
+
+
+@dataclass(frozen=True)
+class FilmWants:
+    """What a fusion module and its Whisper want filmed clips to be: a task says it to its data."""
+
+    sizes: FusionSizes
+    seconds: float
 
 
 class FilmedClips(Dataset[Pairs]):
     """Filmed clips mixed with the noise of `scenes`, asked for by (epoch, position).
 
     Each sample is a batch of one; `batch` joins them. What is drawn is a function of (seed, epoch,
-    position). `augment=False`, for validation: the middle of the pictures, no mask, the noise of
-    epoch 0. `seconds` is the context that Whisper gets, `crop` that of the fusion module.
+    position). `augment=False`, for validation: the middle of the pictures, no mask, the same noise
+    in every epoch, which training has in none. `seconds` is the context that Whisper gets, `crop`
+    that of the fusion module.
 
     `AdaptError` for a clip whose sound and video differ by over 0.2 s, and one that is too long.
     """
@@ -93,28 +126,18 @@ class FilmedClips(Dataset[Pairs]):
     def __getitem__(self, key: int | tuple[int, int]) -> Pairs:
         epoch, position = (0, key) if isinstance(key, int) else key
         clip = self.clips[position]
-        generator = seeded(self.seed, epoch if self.augment else 0, position)
-        sound, pictures = self._cut(clip)
+        generator = seeded(self.seed, epoch if self.augment else -1, position)
+        sound, pictures = clip.both()
         mixture, _ = draw_any(self.scenes, sound, generator, clip.speaker, self.clean_share)
         noisy, clean = log_mel([mixture, sound], self.n_mels, self.seconds)
         frames = MELS_PER_FRAME * len(pictures)
         if self.augment:
             noisy = NOISY_MEL(noisy, frames, generator)
-        video = pictures.float()
-        if pictures.ndim == 3:
-            video = normalised(pictures)
-            small = augmented(video, generator, self.crop) if self.augment else None
-            video = centred(video, self.crop) if small is None else small
+        if self.augment and pictures.ndim == 3:
+            video = augmented(normalised(pictures), generator, self.crop)
+        else:
+            video = shown(pictures, self.crop)
         return Pairs(noisy[None], clean[None], video[None], torch.tensor([frames]))
-
-    def _cut(self, clip: FilmedClip) -> tuple[Tensor, Tensor]:
-        """Sound and pictures of the time that both have."""
-        sound, pictures = clip.hear(), clip.see()
-        try:
-            _, pictures = trimmed(torch.empty(0, len(sound) // HOP), pictures)
-        except AdaptError as error:
-            raise AdaptError(f"{clip.name}: {error}") from error
-        return sound[: _SAMPLES * len(pictures)], pictures
 
     @staticmethod
     def batch(samples: Sequence[Pairs]) -> Pairs:
@@ -137,6 +160,15 @@ class FilmedClips(Dataset[Pairs]):
             num_workers=num_workers,
             collate_fn=self.batch,
         )
+
+
+def shown(pictures: Tensor, crop: int) -> Tensor:
+    """Pictures as a network gets them: the middle [1, f, crop, crop] of crops; features [f, d].
+
+    >>> shown(torch.zeros(3, 96, 96, dtype=torch.uint8), 88).shape
+    torch.Size([1, 3, 88, 88])
+    """
+    return centred(normalised(pictures), crop) if pictures.ndim == 3 else pictures.float()
 
 
 def _filled(video: Tensor, frames: int) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,21 +25,25 @@ from whisper.decoding import DecodingResult
 from ..core.activation import activate
 from ..core.adapters.lora import LoRA
 from ..core.errors import AdaptError
+from ..core.fingerprint import fingerprint
 from ..core.recipe import Recipe
+from ..core.recomputation import Mode
 from ..core.sets import AdapterSet
 from ..core.store import read_file
 from ..core.training import AdaptedModule
 from .adapters import load_set
-from .av_data import Pairs
+from .audio import LONGEST, frames_of
+from .av_data import FilmWants, Pairs
 from .av_plan import STAGES
 from .backbones import Backbone
 from .decoding import Decoding
+from .description import FILMED, Description, described
+from .filmed_data import FilmedData
 from .fusion import Fusion, FusionSizes
 from .model import Speech, speech_of
 from .names import sites_for
-from .tokens import IGNORED, Prompt, collate
+from .tokens import IGNORED, Prompt, collate, language_code
 
-TASK = "audio-visual-speech"
 _HEAD = "fusion."
 
 
@@ -67,9 +71,12 @@ class AudioVisualDistillation(AdaptedModule):
     L1 is a mean absolute error, of the mel over a clip's own frames, of the states over all.
     Batches are `Pairs`. `start` is the file of an earlier stage, whose tensors are taken over:
     stages 1 and 2 have adapters in the encoder only, 3 and 4 everywhere. `lr` is the stage's unless
-    given, and runs to the stage's last as a geometric series. `label` says what the set is for.
+    given, and runs to the stage's last as a geometric series. `seconds` is the context that clips
+    are padded to; frozen Whispers fail in less than 30 s, so a set must be used as it was trained,
+    and its file says so. `label` says what the set is for; `FilmedData` says it otherwise.
 
-    `AdaptError` for an unknown stage, and a file of other sizes, recipe or Whisper.
+    `AdaptError` for an unknown stage, other mel bands than the Whisper's, and a file of other
+    sizes, recipe or Whisper.
     """
 
     def __init__(
@@ -81,33 +88,82 @@ class AudioVisualDistillation(AdaptedModule):
         sizes: FusionSizes | None = None,
         start: str | Path | None = None,
         label: Mapping[str, Any] | None = None,
-        lr: float | None = None,
-        weight_decay: float = 0.0,
+        seconds: float = LONGEST,
         prompt: Prompt | None = None,
         longest: int | None = None,
-        **training: Any,
+        lr: float | None = None,
+        weight_decay: float = 0.0,
+        set_name: str = "default",
+        seed: int | None = None,
+        recompute: Mode = "none",
     ) -> None:
+        frames_of(seconds)
         if stage not in STAGES:
             raise AdaptError(
                 f"stage {stage!r} is not allowed: one of {', '.join(map(str, STAGES))}"
             )
         self.stage = STAGES[stage]
         speech = speech_of(backbone.build())
-        at = list(sites_for(speech.layout, self.stage.sites))
-        rate = self.stage.lr if lr is None else lr
-        training |= {"lr": rate, "weight_decay": weight_decay, "warmup": 0.0}
-        super().__init__(speech.model, adapter or LoRA(rank=64), at, **training)
+        sizes = _fitting(sizes, speech)
+        super().__init__(
+            speech.model,
+            adapter or LoRA(rank=64),
+            list(sites_for(speech.layout, self.stage.sites)),
+            lr=self.stage.lr if lr is None else lr,
+            weight_decay=weight_decay,
+            warmup=0.0,
+            set_name=set_name,
+            seed=seed,
+            recompute=recompute,
+        )
         self.prompt, self.longest = prompt or Prompt(), longest
-        self.fusion = _fusion(sizes or FusionSizes(mels=speech.dims.n_mels), training.get("seed"))
-        self.adapters.extra = {
-            "task": TASK,
-            "backbone": backbone.to_json(),
-            "fusion": self.fusion.sizes.to_json(),
-            "stage": stage,
-            "label": dict(label or {}),
-        }
+        self.wants = FilmWants(sizes, seconds)
+        self.fusion = _fusion(sizes, seed)
+        about = self._description(backbone, label)
+        self.adapters.extra = {**about.to_json(), "fusion": sizes.to_json(), "stage": stage}
         if start is not None:
             self._take_over(start)
+
+    @classmethod
+    def from_file(cls, path: str | Path, **settings: Any) -> Self:
+        """The task of a set's file, to be validated; the file says everything."""
+        file = read_file(path)
+        about = described(file.extra, path)
+        if not about.filmed:
+            raise AdaptError(f"{path} is no audio-visual set: `validate` measures it")
+        task = cls(
+            about.backbone,
+            LoRA(rank=1),  # the file's own recipe takes its place
+            stage=file.extra.get("stage", 0),
+            sizes=FusionSizes.from_json(file.extra.get("fusion", {})),
+            seconds=about.seconds,
+            prompt=Prompt(language=about.language, task=about.task, timestamps=about.timestamps),
+            longest=about.longest,
+            **settings,
+        )
+        task.adapters.detach()
+        load_set(task.speech, path, task.set_name)
+        task.fusion = fusion_of(task.adapters)
+        return task
+
+    def _description(self, backbone: Backbone, label: Mapping[str, Any] | None) -> Description:
+        asked = self.prompt
+        return Description(
+            backbone,
+            self.wants.seconds,
+            language_code(asked.language, self.speech.dims.n_vocab),
+            asked.task,
+            asked.timestamps,
+            longest=self.longest,
+            label=label,
+            filmed=True,
+        )
+
+    def setup(self, stage: str) -> None:
+        """Take the label from the data's noise."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and isinstance(data, FilmedData):
+            self.adapters.extra = {"label": data.noise.label(), **self.adapters.extra}
 
     @property
     def speech(self) -> Speech:
@@ -167,12 +223,15 @@ class AudioVisualDistillation(AdaptedModule):
     def _take_over(self, path: str | Path) -> None:
         """The tensors of an earlier stage; sites that it lacks keep their start, which is zero."""
         file, own = read_file(path), self.adapters
+        _require(file.extra, path, own.extra)
         if file.recipe != own.recipe or not set(file.tensors) <= set(own.state_dict()):
             raise AdaptError(
                 f"{path} is no earlier stage of this run: it holds {file.recipe} on"
                 f" {len(file.sites)} sites, wanted is {own.recipe} on some of {len(own.sites)}"
             )
-        _require(file.extra, path, self.adapters.extra)
+        here = fingerprint(self.backbone, own.sites)
+        if other := [n for n, found in file.fingerprint.items() if here.get(n, found) != found]:
+            raise AdaptError(f"{path} was made on another Whisper: {other[0]} differs")
         own.load_state_dict({**own.state_dict(), **file.tensors})
         self.fusion.load_state_dict(_of_fusion(file.head))
 
@@ -226,9 +285,9 @@ def fusion_of(made: AdapterSet) -> Fusion:
 
     It is made of the set's own file: two sets never share one, whatever was active before.
     """
-    if made.extra.get("task") != TASK:
+    if made.extra.get("task") != FILMED:
         raise AdaptError(f"set {made.name!r} is no audio-visual set: {made.extra.get('task')!r}")
-    fusion = _fusion(FusionSizes.from_json(made.extra["fusion"]), seed=0)
+    fusion = _fusion(FusionSizes.from_json(made.extra.get("fusion", {})), seed=0)
     try:
         fusion.load_state_dict(_of_fusion(made.head))
     except RuntimeError as error:
@@ -238,6 +297,14 @@ def fusion_of(made: AdapterSet) -> Fusion:
         ) from error
     device = next(made.backbone.parameters()).device
     return fusion.to(device).eval().requires_grad_(False)
+
+
+def _fitting(sizes: FusionSizes | None, speech: Speech) -> FusionSizes:
+    """The sizes, or the published ones for this Whisper's mel."""
+    bands = speech.dims.n_mels
+    if sizes is not None and sizes.mels != bands:
+        raise AdaptError(f"fusion: mels={sizes.mels} is not allowed: this Whisper hears {bands}")
+    return sizes or FusionSizes(mels=bands)
 
 
 def _fusion(sizes: FusionSizes, seed: int | None) -> Fusion:

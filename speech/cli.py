@@ -8,6 +8,8 @@ VERBS = {
     "fit": "adapt a frozen Whisper to speech, by a configuration",
     "validate": "measure an adapter file or a checkpoint on the validation clips",
     "test": "measure an adapter file or a checkpoint on the test clips",
+    "fit-av": "train an audio-visual set on filmed clips, by a configuration",
+    "validate-av": "measure an audio-visual set or a checkpoint on filmed clips",
     "transcribe": "write down what is said in audio files",
     "select": "which set of a bundle fits the noise of a clip",
     "sites": "show where a pattern would put adapters on a Whisper",

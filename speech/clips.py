@@ -69,12 +69,12 @@ def read_manifest(path: str | Path, part: str | None = None) -> dict[str, list[C
     """
     file = Path(path)
     found: dict[str, list[Clip]] = {}
-    for line, row in _rows(file):
+    for line, row in rows_of(file):
         where = f"{file}, line {line}"
-        known = {key: _word(row, key, where) for key in _KNOWN}
+        known = {key: word_of(row, key, where) for key in _KNOWN}
         if not known["path"] or known["text"] is None:
             raise AdaptError(f"{where}: path and text are needed, found {sorted(map(str, row))}")
-        name = part or _part(known["split"] or "train", where)
+        name = part or part_called(known["split"] or "train", where)
         clip = Clip.of_file(file.parent / known["path"], known["text"], known["speaker"] or None)
         found.setdefault(name, []).append(clip)
     if not found:
@@ -82,8 +82,8 @@ def read_manifest(path: str | Path, part: str | None = None) -> dict[str, list[C
     return found
 
 
-def _rows(file: Path) -> Iterator[tuple[int, Mapping[Any, Any]]]:
-    """(line, row) of every row."""
+def rows_of(file: Path) -> Iterator[tuple[int, Mapping[Any, Any]]]:
+    """(line, row) of every row of a manifest, CSV with a header or JSON lines."""
     try:
         text = file.read_text(encoding="utf-8-sig")  # some editors put a mark before the first line
     except FileNotFoundError:
@@ -109,18 +109,20 @@ def _json_rows(file: Path, text: str) -> Iterator[tuple[int, Mapping[Any, Any]]]
         except ValueError as error:
             raise AdaptError(f"{file}, line {number} is no JSON: {error}") from error
         if not isinstance(row, Mapping):
-            raise AdaptError(f"{file}, line {number} is no object with path and text")
+            raise AdaptError(f"{file}, line {number} is no object with keys and texts")
         yield number, row
 
 
-def _word(row: Mapping[Any, Any], key: str, where: str) -> str | None:
+def word_of(row: Mapping[Any, Any], key: str, where: str) -> str | None:
+    """A text of a row, if it has the key."""
     value = row.get(key)
     if value is not None and not isinstance(value, str):
         raise AdaptError(f"{where}: {key} is a text, not {value!r}")
     return value
 
 
-def _part(said: str, where: str) -> str:
+def part_called(said: str, where: str) -> str:
+    """The part that a word names: train, val or test, or what others call them."""
     name = said.strip().lower()
     name = _CALLED.get(name, name)
     if name not in PARTS:

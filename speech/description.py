@@ -14,12 +14,15 @@ from .audio import frames_of
 from .backbones import Backbone
 from .words import Normaliser
 
-TASK = "speech-recognition"
+TASK, FILMED = "speech-recognition", "audio-visual-speech"
 
 
 @dataclass(frozen=True)
 class Description:
-    """The Whisper that a set was made on, how it was trained to be used, and how it is scored."""
+    """The Whisper that a set was made on, how it was trained to be used, and how it is scored.
+
+    A `filmed` set is an audio-visual one: it acts where there is a video of the speaker's mouth.
+    """
 
     backbone: Backbone
     seconds: float
@@ -29,11 +32,12 @@ class Description:
     normaliser: Normaliser = field(default_factory=Normaliser)
     longest: int | None = None
     label: Mapping[str, Any] | None = None
+    filmed: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As a set's `extra`."""
         found: dict[str, Any] = {
-            "task": TASK,
+            "task": FILMED if self.filmed else TASK,
             "backbone": self.backbone.to_json(),
             "seconds": self.seconds,
             "language": self.language,
@@ -52,7 +56,7 @@ def describe(path: str | Path) -> Description:
 
 def described(extra: Mapping[str, Any], path: str | Path = "the set") -> Description:
     """The same from a set's `extra`."""
-    if extra.get("task") != TASK:
+    if extra.get("task") not in (TASK, FILMED):
         raise StoreError(f"{path} holds no set for speech recognition: task {extra.get('task')!r}")
     try:
         found = Description(
@@ -64,6 +68,7 @@ def described(extra: Mapping[str, Any], path: str | Path = "the set") -> Descrip
             normaliser=Normaliser(**extra.get("normaliser", {})),
             longest=extra.get("longest"),
             label=extra.get("label"),
+            filmed=extra["task"] == FILMED,
         )
         frames_of(found.seconds)
     except (AdaptError, KeyError, TypeError, ValueError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 
 from ..core.errors import AdaptError
+from ..core.sets import AdapterSet, sets_of
 from .adapters import load_set
 from .backbones import Backbone, OfflineTinyEn, OpenAIWhisper, TransformersWhisper
 from .bundle import Bundle
 from .description import Description, describe
+from .fusion import Fusion
 from .model import Speech, speech_of
 from .offline import WEIGHTS
 from .transcription import Choose, Conditions
@@ -34,6 +36,8 @@ class Wanted:
     language: str | None = None
     task: str | None = None
     timestamps: bool | None = None
+    filmed: bool = False
+    """The recordings have videos."""
 
 
 def backbone_named(name: str) -> Backbone:
@@ -58,6 +62,8 @@ def ears(wanted: Wanted) -> tuple[Speech, Conditions | Choose]:
     """
     if wanted.set is not None and wanted.sets is not None:
         raise AdaptError("give --set FILE or --sets FOLDER, not both")
+    if wanted.filmed and wanted.set is None and wanted.sets is None:
+        raise AdaptError("--video needs an audio-visual set: give --set FILE or --sets FOLDER too")
     if wanted.set is not None:
         return _with_set(wanted, wanted.set)
     if wanted.sets is not None:
@@ -68,10 +74,15 @@ def ears(wanted: Wanted) -> tuple[Speech, Conditions | Choose]:
 
 def _with_set(wanted: Wanted, file: Path) -> tuple[Speech, Conditions]:
     about = describe(file)
+    if wanted.filmed:
+        _require_filmed([about], file)
     speech = _built(backbone_named(wanted.model) if wanted.model else about.backbone)
+    if _blind(about, wanted):
+        _say_blind(file)
+        return speech, _told(Conditions(), wanted)
     made = load_set(speech, file)
     made.to(speech.device)
-    return speech, _told(_conditions(about, made.name), wanted)
+    return speech, _told(_conditions(about, made), wanted)
 
 
 def _with_bundle(wanted: Wanted, bundle: Bundle) -> tuple[Speech, Conditions | Choose]:
@@ -84,19 +95,31 @@ def _with_bundle(wanted: Wanted, bundle: Bundle) -> tuple[Speech, Conditions | C
     if one and wanted.select in bundle.damaged:
         raise AdaptError(f"set {wanted.select!r} is damaged: {bundle.damaged[wanted.select]}")
     abouts = {name: describe(bundle.file(name)) for name in _needed(wanted.select, bundle)}
+    if wanted.filmed:
+        _require_filmed(abouts.values(), bundle.folder)
     speech = _built(_backbone(wanted, bundle, list(abouts.values())))
     base = _told(Conditions(), wanted)
     if wanted.select == NONE:
         return speech, base
+    if one and _blind(abouts[wanted.select], wanted):
+        _say_blind(bundle.file(wanted.select))
+        return speech, base
     if one:
-        load_set(speech, bundle.file(wanted.select), wanted.select)
-        return speech, _told(_conditions(abouts[wanted.select], wanted.select), wanted)
+        made = load_set(speech, bundle.file(wanted.select), wanted.select)
+        made.to(speech.device)
+        return speech, _told(_conditions(abouts[wanted.select], made), wanted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said below, in our own words
         bundle.load_onto(speech)
     for name, cause in bundle.damaged.items():
         print(f"polyadapt: set {name!r} is left out: {cause}", file=sys.stderr)
-    by_name = {n: _told(_conditions(about, n), wanted) for n, about in abouts.items()}
+    by_name = {
+        name: _told(_conditions(abouts[name], made), wanted)
+        for name, made in sets_of(speech.model).items()
+        if not _blind(abouts[name], wanted)
+    }
+    for name in [n for n, about in abouts.items() if _blind(about, wanted)]:
+        _say_blind(bundle.file(name))
     return speech, lambda audio: by_name.get(bundle.choose(audio).name or "", base)
 
 
@@ -115,15 +138,37 @@ def _backbone(wanted: Wanted, bundle: Bundle, abouts: Sequence[Description]) -> 
     return abouts[0].backbone
 
 
-def _conditions(about: Description, name: str) -> Conditions:
+def _blind(about: Description, wanted: Wanted) -> bool:
+    """The set acts on video only, and there is none."""
+    return about.filmed and not wanted.filmed
+
+
+def _say_blind(file: Path) -> None:
+    said = "is an audio-visual set: without --video the plain Whisper hears"
+    print(f"polyadapt: {file} {said}", file=sys.stderr)
+
+
+def _require_filmed(abouts: Iterable[Description], where: Path) -> None:
+    if not any(about.filmed for about in abouts):
+        raise AdaptError(f"--video: {where} holds no audio-visual set")
+
+
+def _conditions(about: Description, made: AdapterSet) -> Conditions:
     return Conditions(
-        set=name,
+        set=made.name,
         seconds=about.seconds,
         language=about.language,
         task=about.task,
         timestamps=about.timestamps,
         longest=about.longest,
+        fusion=_fusion_of(made) if about.filmed else None,
     )
+
+
+def _fusion_of(made: AdapterSet) -> Fusion:
+    from .avsr import fusion_of  # takes Lightning, which makes one wait, for training
+
+    return fusion_of(made)
 
 
 def _told(conditions: Conditions, wanted: Wanted) -> Conditions:

@@ -40,11 +40,43 @@ def read_crops(path: str | Path) -> Tensor:
     >>> read_crops("mouth.npy").shape
     torch.Size([50, 96, 96])
     """
+    return _as_crops(_held(Path(path)), path)
+
+
+def read_film(path: str | Path) -> Tensor:
+    """What a lip reader sees: mouth crops as `read_crops`, or features float32 [f, d] at 25 Hz.
+
+    An array with two axes is features, such as AV-HuBERT's, computed by the user beforehand.
+    """
+    found = _held(Path(path))
+    if found.ndim != 2:
+        return _as_crops(found, path)
+    if found.dtype.kind != "f" or 0 in found.shape or not np.isfinite(found).all():
+        raise AdaptError(f"{path}: features are finite floats [f, d], not {_told(found)}")
+    return torch.from_numpy(found.astype(np.float32))
+
+
+def pictures_in(path: str | Path) -> int | None:
+    """How many pictures an .npy file holds, by its header; None where only reading would tell."""
     path = Path(path)
     if not path.is_file():
         raise AdaptError(f"{path}: no such file of mouth crops")
-    arrays = path.suffix in (".npy", ".npz")
-    found = _array(path) if arrays else _video(path)
+    if path.suffix != ".npy":
+        return None
+    try:
+        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+    except (ValueError, OSError, EOFError) as error:
+        raise AdaptError(f"{path} cannot be read as an array: {_line(error)}") from error
+    return int(shape[0]) if shape else 0
+
+
+def _held(path: Path) -> np.ndarray[Any, Any]:
+    if not path.is_file():
+        raise AdaptError(f"{path}: no such file of mouth crops")
+    return _array(path) if path.suffix in (".npy", ".npz") else _video(path)
+
+
+def _as_crops(found: np.ndarray[Any, Any], path: str | Path) -> Tensor:
     if found.ndim != 3 or 0 in found.shape:
         raise AdaptError(f"{path} holds {list(found.shape)}: mouth crops are grey, [f, h, w]")
     if found.dtype == np.uint8:
@@ -159,6 +191,10 @@ def _masked(video: Tensor, generator: Generator) -> Tensor:
         first = start + int(torch.randint(RATE - length + 1, (), generator=generator))
         video[:, first : first + length] = 0
     return video
+
+
+def _told(found: np.ndarray[Any, Any]) -> str:
+    return f"{found.dtype} {list(found.shape)}"
 
 
 def _line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ..core.adapters.head_only import HeadOnly
+from ..core.errors import AdaptError
 from ..core.recipe import Recipe
 from ..core.training import AdaptedModule
 from .adapters import load_set
@@ -89,6 +90,8 @@ class SpeechRecognition(AdaptedModule):
     def from_file(cls, path: str | Path, **settings: Any) -> Self:
         """The task of an adapter file, to be validated and tested; the file says everything."""
         about = describe(path)
+        if about.filmed:
+            raise AdaptError(f"{path} is an audio-visual set: validate-av measures it")
         task = cls(
             about.backbone,
             HeadOnly(),

@@ -24,7 +24,9 @@ def main(argv: list[str]) -> int:
     """Transcribe the files that `argv` names; what is heard goes to stdout as it is heard."""
     asked = _parser().parse_args(argv)
     formats = _formats(asked.format, asked.out, asked.files)
+    _require_a_video_each(asked.files, asked.video)
     targets = _targets(asked.files, formats, asked.out)
+    from .av_data import FilmedClip
     from .ears import Wanted, ears
     from .transcription import Manner, transcribe_all
 
@@ -39,11 +41,14 @@ def main(argv: list[str]) -> int:
         language=asked.language,
         task=asked.task,
         timestamps=asked.timestamps,
+        filmed=asked.video is not None,
     )
+    pairs = zip(asked.files, asked.video or (), strict=False)
+    films = [FilmedClip.of_files(*pair) for pair in pairs]
     speech, conditions = ears(wanted)
     told = _Told(asked.files, formats, targets)
     try:
-        for number, found in transcribe_all(speech, asked.files, conditions, manner):
+        for number, found in transcribe_all(speech, films or asked.files, conditions, manner):
             told.grown(number, found)
     except KeyboardInterrupt:
         told.interrupted()
@@ -183,6 +188,13 @@ def _targets(files: Sequence[Path], formats: Sequence[str], out: Path | None) ->
     return [[out / f"{name}.{kind}" for kind in formats] for name in names]
 
 
+def _require_a_video_each(files: Sequence[Path], videos: Sequence[Path] | None) -> None:
+    if videos is not None and len(videos) != len(files):
+        raise AdaptError(
+            f"--video: {len(videos)} videos for {len(files)} files; one for each, in their order"
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="polyadapt speech transcribe",
@@ -195,6 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--sets", type=Path, metavar="FOLDER", help="a bundle of sets, for other noise each")
     choice = "with --sets: the set of least expected WER for every 30 s, one by name, or none"
     add("--select", default="auto", metavar="auto|NAME|none", help=choice)
+    mouths = "with an audio-visual set: for each FILE the mouth crops (.npy, .npz, a video) or"
+    add("--video", nargs="+", type=Path, metavar="MOUTH", help=f"{mouths} features at 25 Hz")
     models = "tiny.en, base, ..., turbo; openai/whisper-small; a folder; offline: tiny.en by pip"
     add("--model", metavar="NAME", help=models)
     add("--language", metavar="CODE", help="de, German, ...; default: the set's, or as heard")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from ..core.activation import activate
 from ..core.errors import AdaptError
 from ..core.sets import sets_of
 from .audio import LONGEST, SAMPLE_RATE, Recording, frames_of, log_mel
+from .av_data import FilmedClip
 from .decoding import Decoding
+from .film import Film
+from .fusion import Fusion
 from .model import Speech
 from .segments import Segment, Transcript, later, spans
 from .tokens import language_code, tokenizer_of
@@ -39,7 +42,8 @@ class Conditions:
     """How a window is heard: by which adapter set, in how much context, and told what.
 
     `set` None is the frozen model. `seconds` is the context that the set was trained in. Without
-    timestamps a window is one segment, and a long recording is cut where it is quiet.
+    timestamps a window is one segment, and a long recording is cut where it is quiet. `fusion` is
+    an audio-visual set's, which acts where a recording has video, and not at all elsewhere.
     """
 
     set: str | None = None
@@ -48,7 +52,11 @@ class Conditions:
     task: str = "transcribe"
     timestamps: bool = True
     longest: int | None = None
+    fusion: Fusion | None = field(default=None, repr=False)  # windows are grouped by the repr
 
+
+Source = str | Path | Tensor | FilmedClip
+"""A file, samples [n] at 16 kHz, or a recording with the video of the speaker's mouth."""
 
 Choose = Callable[[Tensor], Conditions]
 """The next samples [n] of a recording, at most 30 s -> how to hear them."""
@@ -72,8 +80,16 @@ class Manner:
 class _Running:
     number: int
     recording: Recording
+    film: Film | None
     found: Transcript
     at: int = 0  # samples heard
+
+    @classmethod
+    def of(cls, number: int, source: Source, known: str | None) -> _Running:
+        if not isinstance(source, FilmedClip):
+            return cls(number, Recording(source), None, Transcript(known))
+        film = Film(source)
+        return cls(number, Recording(film.sound()), film, Transcript(known))
 
 
 @dataclass(frozen=True)
@@ -81,6 +97,7 @@ class _Window:
     of: _Running
     audio: Tensor
     conditions: Conditions
+    video: Tensor | None = None
 
     @property
     def seconds(self) -> float:
@@ -89,11 +106,13 @@ class _Window:
 
 def transcribe(
     speech: Speech,
-    source: str | Path | Tensor,
+    source: Source,
     conditions: Conditions | Choose | None = None,
     manner: Manner | None = None,
 ) -> Transcript:
-    """A file, or samples [n] at 16 kHz, as text with segments. Raises `AdaptError` where it stops.
+    """A file, samples [n] at 16 kHz, or a filmed clip as text with segments.
+
+    Raises `AdaptError` where it stops.
 
     >>> from polyadapt.speech.model import speech_of
     >>> from polyadapt.speech.offline import whisper_tiny_en
@@ -110,7 +129,7 @@ def transcribe(
 
 def transcribe_all(
     speech: Speech,
-    sources: Sequence[str | Path | Tensor],
+    sources: Sequence[Source],
     conditions: Conditions | Choose | None = None,
     manner: Manner | None = None,
 ) -> Iterator[tuple[int, Transcript]]:
@@ -125,7 +144,7 @@ def transcribe_all(
     if manner.word_times:
         require_word_times(speech)
     known = None if speech.multilingual else "en"
-    waiting = deque(_Running(i, Recording(s), Transcript(known)) for i, s in enumerate(sources))
+    waiting = deque(_Running.of(i, source, known) for i, source in enumerate(sources))
     running: list[_Running] = []
     while waiting or running:
         running += [
@@ -157,6 +176,7 @@ def _next_window(one: _Running, choose: Choose) -> _Window | None:
         audio = audio[: frames_of(conditions.seconds) * 160]
         if not conditions.timestamps and not one.recording.ends_by(one.at + len(audio)):
             audio = audio[: _quiet_place(audio)]
+        video = _seen(one, len(audio), conditions.fusion)
     except AdaptError as error:
         one.found.error = str(error)
         return None
@@ -164,7 +184,15 @@ def _next_window(one: _Running, choose: Choose) -> _Window | None:
         _advance(one, len(audio))
         return None
     told = conditions.language or one.found.language
-    return _Window(one, audio, replace(conditions, language=told))
+    if conditions.fusion is not None and video is None:  # no set acts on what it cannot see
+        conditions = replace(conditions, set=None, fusion=None)
+    return _Window(one, audio, replace(conditions, language=told), video)
+
+
+def _seen(one: _Running, samples: int, fusion: Fusion | None) -> Tensor | None:
+    if one.film is None or fusion is None:
+        return None
+    return one.film.during(one.at, samples, fusion.sizes)
 
 
 def _may_speak(audio: Tensor) -> bool:
@@ -211,8 +239,11 @@ def _heard_together(speech: Speech, windows: list[_Window], manner: Manner) -> I
         longest=conditions.longest,
     )
     mel = log_mel([w.audio for w in windows], speech.dims.n_mels, conditions.seconds)
+    mel = mel.to(speech.device)
     with torch.no_grad(), _acting(speech, [w.conditions.set for w in windows]):
-        states = speech.encode(mel.to(speech.device))
+        states = speech.encode(
+            torch.cat([_fused(*pair) for pair in zip(windows, mel, strict=True)])
+        )
         results = speech.decode_states(states, asked)
     for window, result, own in zip(windows, results, states, strict=True):
         with torch.no_grad(), _acting(speech, [window.conditions.set]):
@@ -224,6 +255,13 @@ def _heard_together(speech: Speech, windows: list[_Window], manner: Manner) -> I
             one.found.language = best.language
         _advance(one, round(heard * SAMPLE_RATE) if heard < window.seconds else len(window.audio))
         yield one
+
+
+def _fused(window: _Window, mel: Tensor) -> Tensor:
+    """[n_mels, t] -> Whisper's input [1, n_mels, t]; by itself, as windows' sets may differ."""
+    if window.video is None or window.conditions.fusion is None:
+        return mel[None]
+    return window.conditions.fusion.restored(mel[None], window.video[None].to(mel.device))
 
 
 def _acting(speech: Speech, names: Sequence[str | None]) -> AbstractContextManager[None]:

@@ -31,12 +31,13 @@ from polyadapt.docs.hooks import (
 from polyadapt.speech.cli import VERBS as SPEECH_VERBS
 from polyadapt.tests.law_table import CELLS, ROWS
 from polyadapt.vision.cli import VERBS as VISION_VERBS
+from polyadapt.vlm.cli import VERBS as VLM_VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-SLOW = {"guide/training.md", "domains/vision.md"}  # they train with Lightning
-VERBS = {"speech": SPEECH_VERBS, "vision": VISION_VERBS}
+SLOW = {"guide/training.md", "domains/vision.md", "domains/vlm.md"}  # with Lightning
+VERBS = {"speech": SPEECH_VERBS, "vision": VISION_VERBS, "vlm": VLM_VERBS}
 # A block of code, or what the one before it prints.
 BLOCK = re.compile(r'^```(python|text title="prints"|sh)\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
@@ -96,7 +97,11 @@ def test_a_command_of_the_docs_is_one_that_there_is(
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {*words[1:]} <= {*targets}
-    elif words[1] in VERBS and words[2] in ("fit", "test"):  # options are a configuration's
+    elif words[1] in VERBS and words[2] in (
+        "fit",
+        "test",
+        "fit-av",
+    ):  # options are a configuration's
         assert words[2] in VERBS[words[1]]
     else:
         assert words[0] == "polyadapt"

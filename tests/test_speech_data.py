@@ -226,7 +226,7 @@ def test_a_manifest_that_is_not_there_or_no_text_is_refused_by_name() -> None:
     with pytest.raises(AdaptError, match="line 2: path is a text, not 3"):
         read_manifest("m.jsonl")
     Path("m.jsonl").write_text("[1]\nno")
-    with pytest.raises(AdaptError, match="line 1 is no object with path and text"):
+    with pytest.raises(AdaptError, match="line 1 is no object with keys and texts"):
         read_manifest("m.jsonl")
 
 
