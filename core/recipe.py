@@ -171,6 +171,17 @@ class Recipe:
         """What the adapters at these sites share, built before them; None: nothing."""
         return None
 
+    def bank_shapes(self, sites: Sequence[Site]) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape of every tensor of that bank."""
+        return {}
+
+    def least_numbers(self, site: Site) -> int | None:
+        """How many numbers a file holds for a low-rank adapter there, at least; None: it is none.
+
+        Asked before a file's adapter is built without a backbone, and its shapes take memory.
+        """
+        return None
+
     def default_at(self, model: nn.Module) -> Sequence[str]:
         """Patterns to use when `attach` got none."""
         raise AdaptError(

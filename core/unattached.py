@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .adapters.adalora import AdaLoRA
-from .adapters.lora import LoRA
-from .adapters.s2lora import S2LoRA
 from .banks import BANK
 from .errors import AdaptError, StoreError
-from .recipe import Adapter, Recipe
+from .recipe import Adapter
 from .sets import AdapterSet, check_tensors
 from .sites import Site
 from .store import AdapterFile, check_fit
@@ -34,33 +31,25 @@ def unattached(file: AdapterFile, path: object) -> AdapterSet:
 
 def _refuse_forged_bank(file: AdapterFile) -> None:
     """Before shapes that the file does not fill ask for memory."""
-    if isinstance(file.recipe, S2LoRA):
-        shapes = file.recipe.bank_shapes(file.sites)
-        wanted = {f"{BANK}/{key}": torch.empty(s, device="meta") for key, s in shapes.items()}
-        held = {k: t for k, t in file.tensors.items() if k.startswith(f"{BANK}/")}
-        check_tensors(held, wanted, "the file")
+    shapes = file.recipe.bank_shapes(file.sites)
+    wanted = {f"{BANK}/{key}": torch.empty(s, device="meta") for key, s in shapes.items()}
+    held = {k: t for k, t in file.tensors.items() if k.startswith(f"{BANK}/")}
+    check_tensors(held, wanted, "the file")
 
 
 def _adapter(file: AdapterFile, site: Site) -> Adapter:
+    least = file.recipe.least_numbers(site)
+    if least is None:
+        raise StoreError(
+            f"{type(file.recipe).__name__} has no low-rank update: it combines alone at weight 1"
+            " only"
+        )
     held = sum(t.numel() for key, t in file.tensors.items() if key.startswith(f"{site.name}/"))
-    if held < _least(file.recipe, site):  # before a forgery asks for memory
+    if held < least:  # before a forgery asks for memory
         raise StoreError(f"{site.name} has too few numbers for its shape {list(site.shape)}")
     # A weight of zeros that takes no memory: of the frozen one only the shape is needed.
     weight: Tensor = torch.zeros(()).expand(site.shape)
     return file.recipe.build(site, weight, _own())
-
-
-def _least(recipe: Recipe, site: Site) -> int:
-    """The numbers that a low-rank adapter of that recipe has at the site at least."""
-    if isinstance(recipe, LoRA):
-        return recipe.rank_at(site) * sum(site.shape)
-    if isinstance(recipe, AdaLoRA):
-        return recipe.r0 * sum(site.shape)
-    if isinstance(recipe, S2LoRA):
-        return recipe.kept.get(site.name, recipe.rank)
-    raise StoreError(
-        f"{type(recipe).__name__} has no low-rank update: it combines alone at weight 1 only"
-    )
 
 
 def _own() -> torch.Generator:

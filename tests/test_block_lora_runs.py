@@ -22,9 +22,13 @@ from polyadapt.core import (
     export_peft,
     import_peft,
     load,
+    sets_of,
 )
 from polyadapt.core.adapters.block_lora import RankSplitAdapter, as_plain
 from polyadapt.core.adapters.lora import Pair
+from polyadapt.core.combine_file import combine_files
+from polyadapt.core.combine_rule import Rule
+from polyadapt.core.peft.command import export_file
 from polyadapt.core.recipe import ActsOnWeight
 from polyadapt.core.store import save_form
 from polyadapt.tests.adalora_cases import chain
@@ -218,6 +222,25 @@ def test_sets_combine_exactly(split: Any) -> None:
         wanted = F.linear(model[:2](x), weight + sum(updates), bias)
         torch.testing.assert_close(model(x), wanted)
     assert isinstance(both.recipe, LoRA)
+
+
+@SPLITS
+def test_files_combine_and_reach_peft_without_a_backbone(split: Any, tmp_path: Path) -> None:
+    model, x = chain(), numbers(4, 6)
+    made = made_at(model, BlockLoRA(rank=6, blocks=3, split=split), "{0,2}")
+    stir(made)
+    y = model(x)
+    made.save(tmp_path / "a.safetensors")
+    made.detach()
+    halves = {tmp_path / "a.safetensors": 0.5, tmp_path / "b.safetensors": 0.5}
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes())
+    combine_files(halves, tmp_path / "both.safetensors", Rule())
+    load(model, tmp_path / "both.safetensors")
+    torch.testing.assert_close(model(x), y)
+    sets_of(model)["combined"].detach()
+    export_file(tmp_path / "a.safetensors", None, None, str(tmp_path / "peft"))
+    import_peft(model, tmp_path / "peft")
+    torch.testing.assert_close(model(x), y)
 
 
 def test_the_plain_form_of_another_method_is_refused() -> None:

@@ -209,6 +209,10 @@ class AdaLoRA(Recipe):
             f"AdaLoRA: every={self.every!r} is not allowed: a whole number from 1",
         )
 
+    def least_numbers(self, site: Site) -> int | None:
+        """The triplets that every site starts with."""
+        return self.r0 * sum(site.shape)
+
     @property
     def r0(self) -> int:
         """Triplets of every site at the start."""

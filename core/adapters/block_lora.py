@@ -178,6 +178,11 @@ class BlockLoRA(LoRA):
         """The rank of the update there: r / n under `split="rank"`, else r."""
         return super().rank_at(site) // self.arms
 
+    def least_numbers(self, site: Site) -> int | None:
+        """r d_in / n and r d_out, with the nominal rank."""
+        d_out, d_in = site.shape
+        return super().rank_at(site) * (d_in // self.blocks + d_out)
+
     def scale_of(self, rank: int) -> float:
         """s for a site whose update has that rank."""
         return self.plain().scale_of(rank)

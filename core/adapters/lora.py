@@ -195,6 +195,10 @@ class LoRA(Recipe):
         )
         return next(iter(found), self.rank)
 
+    def least_numbers(self, site: Site) -> int | None:
+        """A and B."""
+        return self.rank_at(site) * sum(site.shape)
+
     def scale_of(self, rank: int) -> float:
         """s for a site of that rank."""
         alpha = self.rank if self.alpha is None else self.alpha

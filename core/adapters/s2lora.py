@@ -198,6 +198,10 @@ class S2LoRA(Recipe):
         new = {site.name: name for site, name in names.items()}
         return self.replace(kept={new[site]: number for site, number in self.kept.items()})
 
+    def least_numbers(self, site: Site) -> int | None:
+        """Its coefficients: the matrices are the bank's."""
+        return self.kept.get(site.name, self.rank)
+
     def bank_shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, int]]:
         """Name -> shape of every shared matrix, in the order of the sites."""
         shapes: dict[str, tuple[int, int]] = {}

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.s2lora import S2LoRA
 from ..errors import StoreError
 from ..kinds import layer_at
 from ..low_rank import folded
@@ -77,12 +76,13 @@ def _labels(extra: Mapping[str, Any]) -> Mapping[str, Any]:
 def from_file(file: AdapterFile) -> Export:
     """What a file's set is written from, without its backbone."""
     method = type(file.recipe).__name__
-    if isinstance(file.recipe, S2LoRA):
+    if method not in _FORMS:
+        least = [file.recipe.least_numbers(site) for site in file.sites]
+        if not least or None in least:
+            raise _no_form(method)
         made = unattached(file, "the file")
         pieces = [_piece(made, site, adapter) for site, adapter in made.pairs()]
         return Export(file.recipe, pieces, file.head, _labels(file.extra), None)
-    if method not in _FORMS:
-        raise _no_form(method)
     factors = {"LoRA": "AB", "DoRA": "ABm", "AdaLoRA": "ABE"}[method]
     shapes: dict[str, tuple[int, ...]] = {}
     pieces = []
