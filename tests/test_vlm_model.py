@@ -25,24 +25,9 @@ from polyadapt.tests.vlm_models import (
     tokens,
     transformers_clip,
     transformers_siglip,
+    wordwise,
 )
 from polyadapt.vlm.model import CLIP_MEAN, image_text_of
-
-WORDS = ["[PAD]", "[END]", "a", "photo", "of", "cat", "dog"]
-
-
-def _wordwise(padding_side: str = "right") -> Any:
-    """A tokenizer of transformers with one token per word and an end."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, "[PAD]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    end = [("[END]", 1)]
-    made.post_processor = processors.TemplateProcessing("$A [END]", None, end)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="[PAD]", padding_side=padding_side
-    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,7 +91,7 @@ def test_odd_characters_and_an_empty_text_are_texts() -> None:
 
 @pytest.mark.parametrize("make", [transformers_clip, timm_and_bert])
 def test_a_tokenizer_of_transformers_or_of_open_clip_can_be_given(make: Any) -> None:
-    model = image_text_of(make(), _wordwise())
+    model = image_text_of(make(), wordwise())
     found = model.tokenize(["a photo of a cat", "dog"])
     assert found.tolist() == [[2, 3, 4, 2, 5, 1, 0, 0], [6, 1, 0, 0, 0, 0, 0, 0]]
     model.tokenize(["a a a a a a a"])
@@ -119,7 +104,7 @@ def test_a_hugging_face_tower_reads_as_far_as_its_tokenizer_says() -> None:
 
     theirs = HFTokenizer.__new__(HFTokenizer)
     theirs.tokenizer_mode, theirs.context_length, theirs.strip_sep_token = "", 5, False
-    theirs.tokenizer, theirs.clean_fn = _wordwise(), get_clean_fn("whitespace")
+    theirs.tokenizer, theirs.clean_fn = wordwise(), get_clean_fn("whitespace")
     model = image_text_of(timm_and_bert(), theirs)
     assert model.tokenize(["a  cat"]).tolist() == [[2, 5, 1, 0, 0]]
     with pytest.raises(AdaptError, match="is longer than the 5 tokens"):

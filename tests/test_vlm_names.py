@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from torch import nn
 from polyadapt.core import select
 from polyadapt.core.errors import AdaptError
 from polyadapt.tests.vlm_models import KINDS, clip, timm_and_bert, transformers_siglip
-from polyadapt.vlm.names import Layers, encoder_of, sites_for
+from polyadapt.vlm.names import Encoder, Layers, encoder_of, sites_for
 from polyadapt.vlm.split import split_attention
 
 BLOCKS = {
@@ -69,6 +69,55 @@ def test_towers_of_timm_and_hugging_face_have_their_own_names() -> None:
         "text.transformer.encoder.layer.{1}.attention.{self.key,self.value,output.dense}",
     ]
     assert len(select(model, sites_for(model, parts="kvo", layers="half-up"))) == 3 * 3 + 3
+
+
+def _eva() -> nn.Module:
+    from timm.models.eva import Eva
+
+    size: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2}
+    return Eva(**size, num_heads=2, qkv_fused=False, num_classes=0)
+
+
+def _swin() -> nn.Module:
+    from timm.models.swin_transformer import SwinTransformer
+
+    size: dict[str, Any] = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": (1, 1)}
+    return SwinTransformer(**size, num_heads=(2, 2), num_classes=0)
+
+
+def _mt5() -> nn.Module:
+    from transformers import MT5Config, MT5EncoderModel
+
+    config = MT5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
+    encoder: nn.Module = MT5EncoderModel(config).encoder
+    return encoder
+
+
+def _m2m_100() -> nn.Module:
+    from transformers import M2M100Config
+    from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
+
+    size: dict[str, Any] = {"encoder_layers": 2, "encoder_attention_heads": 2, "d_model": 8}
+    return M2M100Encoder(M2M100Config(vocab_size=9, encoder_ffn_dim=8, **size))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "tower", "names"),
+    [
+        ("vision", _eva, ["blocks.{n}.attn.q_proj", "blocks.{n}.attn.proj"]),
+        ("vision", _swin, ["layers.{n}.blocks.0.attn.qkv[q]", "layers.{n}.blocks.0.attn.proj"]),
+        ("text", _mt5, ["block.{n}.layer.0.SelfAttention.q", "block.{n}.layer.0.SelfAttention.o"]),
+        ("text", _m2m_100, ["layers.{n}.self_attn.q_proj", "layers.{n}.self_attn.out_proj"]),
+    ],
+)
+def test_other_towers_that_open_clip_can_hold_are_known(
+    encoder: Encoder, tower: Callable[[], nn.Module], names: Sequence[str]
+) -> None:
+    model = nn.Module()
+    model.add_module("visual" if encoder == "vision" else "text", tower())
+    found = set(_names(model, sites_for(model, encoder, "qo")))
+    root = "visual" if encoder == "vision" else "text"
+    assert found == {f"{root}.{name.format(n=n)}" for n in range(2) for name in names}
 
 
 def test_both_encoders_are_the_default_and_output_projections_are_not() -> None:

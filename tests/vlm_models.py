@@ -88,6 +88,21 @@ def timm_and_bert() -> nn.Module:
     return seeded(make)
 
 
+def coca() -> nn.Module:
+    """CoCa: text with a class token at its end, images pooled by attention."""
+    from open_clip import CLIPTextCfg, CLIPVisionCfg, CoCa
+    from open_clip.coca_model import MultimodalCfg
+
+    pool: dict[str, Any] = {"attentional_pool": True, "attn_pooler_queries": 3}
+    eye = CLIPVisionCfg(
+        layers=2, width=16, head_width=8, patch_size=16, image_size=SIZE, output_tokens=True, **pool
+    )
+    size: dict[str, Any] = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "layers": 2}
+    reader = CLIPTextCfg(**size, width=12, heads=2, embed_cls=True, output_tokens=True)
+    writer = MultimodalCfg(**size, width=WIDTH, heads=2)
+    return seeded(lambda: CoCa(WIDTH, writer, reader, eye))
+
+
 def _halves() -> tuple[dict[str, Any], dict[str, Any]]:
     size = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     eye = {**size, "hidden_size": 16, "image_size": SIZE, "patch_size": 16}
@@ -115,10 +130,24 @@ def transformers_siglip() -> nn.Module:
     return seeded(lambda: SiglipModel(config))
 
 
+def wordwise() -> Any:
+    """A tokenizer of transformers with one token per word and an end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[END]", "a", "photo", "of", "cat", "dog"]
+    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "[PAD]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    end = [("[END]", 1)]
+    made.post_processor = processors.TemplateProcessing("$A [END]", None, end)
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", padding_side="right")
+
+
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "CLIP": clip,
     "CLIP, open_clip's attention": normed_clip,
     "CustomTextCLIP": custom_text_clip,
+    "CoCa": coca,
     "CustomTextCLIP of timm and BERT": timm_and_bert,
     "transformers CLIP": transformers_clip,
     "transformers SigLIP": transformers_siglip,

@@ -229,8 +229,13 @@ def _text_width(text: Any) -> int:
 
 
 def _open_clip_preprocessing(visual: Any) -> Preprocessing:
-    """What the checkpoint was trained with as open_clip notes it; a bare tower gets CLIP's."""
+    """What the checkpoint was trained with as open_clip notes it.
+
+    A bare tower gets what timm says of it, or CLIP's.
+    """
     said: Mapping[str, Any] = getattr(visual, "preprocess_cfg", None) or {}
+    if not said and hasattr(visual, "trunk"):
+        return Preprocessing.of(visual.trunk)
     how = said.get("resize_mode", "shortest")
     if how not in ("shortest", "squash"):
         raise AdaptError(f"images resized by their {how} side are unknown here: give preprocessing")

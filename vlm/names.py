@@ -29,9 +29,7 @@ _LAYOUTS = (
     ("q_proj", "k_proj", "v_proj", "c_proj"),  # the pooler of CLIP's ResNets
     ("qkv[q]", "qkv[k]", "qkv[v]", "proj"),  # timm
     ("self.query", "self.key", "self.value", "output.dense"),  # BERT, RoBERTa, XLM-R
-    ("q_lin", "k_lin", "v_lin", "out_lin"),  # DistilBERT
-    ("q", "k", "v", "o"),  # T5, MPNet
-    ("c_attn[q]", "c_attn[k]", "c_attn[v]", "c_proj"),  # GPT-2
+    ("q", "k", "v", "o"),  # mT5
 )
 
 

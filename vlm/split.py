@@ -37,12 +37,13 @@ class SplitAttention(nn.Module):
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
+    out_proj: nn.Linear
 
     def __init__(self, joined: nn.Module) -> None:
         super().__init__()
         self._take_over(joined)
         self.num_heads: int = joined.num_heads  # type: ignore[assignment]
-        self.out_proj = joined.out_proj
+        self.out_proj = joined.out_proj  # type: ignore[assignment]
         self.batch_first = bool(getattr(joined, "batch_first", True))
         self.dropout = _dropout(joined)
         self.train(joined.training)
@@ -80,7 +81,7 @@ class SplitAttention(nn.Module):
         inputs = (query, key, value)
         if not self.batch_first:
             inputs = tuple(x.transpose(0, 1) for x in inputs)  # type: ignore[assignment]
-        mixed = self.out_proj(_flat(self.mixed(*inputs, attn_mask)))  # type: ignore[operator]
+        mixed = self.out_proj(_flat(self.mixed(*inputs, attn_mask)))
         return (mixed if self.batch_first else mixed.transpose(0, 1)), None
 
     def mixed(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -205,6 +206,8 @@ def _rows(weight: nn.Parameter, bias: nn.Parameter | None, n: int) -> nn.Linear:
     for leaf, whole in (("weight", weight), ("bias", bias)):
         if whole is not None:
             view = whole.detach()[n * d : (n + 1) * d]
+            if view.is_meta:  # the pointer of a view is its offset there: layers would look tied
+                view = torch.empty_like(view)
             setattr(layer, leaf, nn.Parameter(view, requires_grad=whole.requires_grad))
     return layer
 
