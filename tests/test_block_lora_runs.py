@@ -232,7 +232,10 @@ def test_files_combine_and_reach_peft_without_a_backbone(split: Any, tmp_path: P
     y = model(x)
     made.save(tmp_path / "a.safetensors")
     made.detach()
-    halves = {tmp_path / "a.safetensors": 0.5, tmp_path / "b.safetensors": 0.5}
+    halves: dict[str | Path, float] = {
+        tmp_path / "a.safetensors": 0.5,
+        tmp_path / "b.safetensors": 0.5,
+    }
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes())
     combine_files(halves, tmp_path / "both.safetensors", Rule())
     load(model, tmp_path / "both.safetensors")
