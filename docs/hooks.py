@@ -24,6 +24,7 @@ from polyadapt.speech.cli import VERBS as SPEECH_VERBS
 from polyadapt.tests.law_models import LAYERS
 from polyadapt.tests.law_table import CELLS, ROWS, Row
 from polyadapt.vision.cli import VERBS as VISION_VERBS
+from polyadapt.vlm.cli import VERBS as VLM_VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ROOT / "docs" / "methods"
@@ -40,7 +41,7 @@ def on_startup(**_: Any) -> None:
     shown = ROOT / "build" / "shown" / "polyadapt"
     shown.mkdir(parents=True, exist_ok=True)
     (shown / "__init__.py").write_bytes((ROOT / "__init__.py").read_bytes())
-    for name in ("core", "speech", "vision"):
+    for name in ("core", "speech", "vision", "vlm"):
         if not (shown / name).is_symlink():
             (shown / name).symlink_to(f"../../../{name}", target_is_directory=True)
 
@@ -211,4 +212,6 @@ FILLINGS: dict[str, Callable[[], str]] = {
     "speech_verbs": partial(verb_table, SPEECH_VERBS),
     "vision_configurations": partial(configurations, "vision"),
     "vision_verbs": partial(verb_table, VISION_VERBS),
+    "vlm_configurations": partial(configurations, "vlm"),
+    "vlm_verbs": partial(verb_table, VLM_VERBS),
 }
