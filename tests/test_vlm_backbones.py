@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from polyadapt.core import select
 from polyadapt.core.errors import AdaptError
+from polyadapt.core.images.preprocessing import IMAGENET_MEAN
 from polyadapt.tests.vlm_models import (
     CONTEXT,
     SIZE,
@@ -20,7 +22,8 @@ from polyadapt.tests.vlm_models import (
     transformers_siglip,
     wordwise,
 )
-from polyadapt.vlm.backbones import Backbone, OpenCLIP, TransformersCLIP
+from polyadapt.vlm.backbones import Backbone, OfflinePair, OpenCLIP, TransformersCLIP
+from polyadapt.vlm.names import sites_for
 from polyadapt.vlm.split import SplitAttention
 
 TINY: dict[str, Any] = {
@@ -155,3 +158,20 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     BertModel(config).save_pretrained(tmp_path)
     with pytest.raises(AdaptError, match="BertModel is no image-text model that we know"):
         TransformersCLIP(name=str(tmp_path)).build()
+
+
+@pytest.mark.slow
+def test_the_offline_pair_has_its_towers_own_tokenizer_and_preprocessing() -> None:
+    spec = Backbone.from_json(OfflinePair(img_size=56).to_json())
+    model = spec.build()
+    pair = spec.image_text(model)
+    assert pair.preprocessing.mean == IMAGENET_MEAN  # DINOv2's, not CLIP's
+    assert len(select(model, sites_for(model))) == 3 * (12 + 6)
+    with torch.no_grad():
+        seen, read = (
+            pair.image_features(images(2, 56)),
+            pair.text_features(pair.tokenize(["a cat"])),
+        )
+    assert (seen.shape, read.shape) == ((2, pair.width), (1, pair.width))
+    with pytest.raises(AdaptError, match=f"is longer than the {pair.context} tokens"):
+        pair.tokenize(["cat " * 40])

@@ -57,8 +57,10 @@ def as_for(file: AdapterFile, model: nn.Module, *, trainable: bool = False) -> A
     modules = dict(model.named_modules())
     names = [_name_here(site.name, modules) for site in file.sites]
     try:
-        found = Sites(site for name in names for site in select(model, name))
+        found = select(model, names)
     except SiteError:
+        return file
+    if len(found) != len(names):  # a name that only the ends of several paths fit
         return file
     sites = Sites(map(_kept, file.sites, found))
     if sites == file.sites:

@@ -143,15 +143,19 @@ class OpenCLIP(Backbone):
             self._check_activation(tag, open_clip.get_model_config(self.name))
 
     def _check_activation(self, tag: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Refused where another name has the weights' activation; else open_clip itself warns."""
+        import open_clip
+
         quick = self.options.get("force_quick_gelu") or config.get("quick_gelu", False)
         if bool(self.options.get("quick_gelu", quick)) == bool(tag.get("quick_gelu", False)):
             return
-        other = self.name.removesuffix("-quickgelu")
-        other = f"{other}-quickgelu" if other == self.name else other
-        raise AdaptError(
-            f"the weights {self.pretrained!r} were trained with another activation than"
-            f" {self.name!r} has: name {other!r}"
-        )
+        plain = self.name.removesuffix("-quickgelu")
+        other = f"{plain}-quickgelu" if plain == self.name else plain
+        if open_clip.get_pretrained_cfg(other, self.pretrained):
+            raise AdaptError(
+                f"the weights {self.pretrained!r} were trained with another activation than"
+                f" {self.name!r} has: name {other!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

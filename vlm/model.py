@@ -100,7 +100,8 @@ class ImageText(ABC):
         tower = self.model.get_submodule(self.eye)
         # Of a layer, not of the first parameter: half-precision models keep embeddings in float32.
         layer = next(m for m in tower.modules() if isinstance(m, nn.Conv2d | nn.Linear))
-        return F.normalize(self._image(images.to(layer.weight)).float(), dim=-1)
+        weight = next(layer.parameters(recurse=False))  # as stored, whatever adapts it
+        return F.normalize(self._image(images.to(weight)).float(), dim=-1)
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """Tokens [t, context] -> float32 [t, d] of length 1."""
