@@ -242,6 +242,14 @@ def test_every_configuration_is_whole_and_its_model_can_be_built(path: Path) -> 
     assert len(built.model.adapters.sites) == 12
 
 
+def test_a_data_set_of_coop_can_be_named(run: Run) -> None:
+    data = {"class_path": "CoOpData", "init_args": {"name": "fgvc_aircraft", "root": "nowhere"}}
+    write("a.yaml", configuration(data=data))
+    assert (
+        "cannot read nowhere/fgvc_aircraft/variants.txt" in run("fit", "--config", "a.yaml").line()
+    )
+
+
 def test_there_are_configurations() -> None:
     assert {"block_lora", "clip_lora"} <= {path.stem for path in CONFIGS}
 

@@ -173,17 +173,23 @@ def test_parts_and_layers_choose_the_sites_and_at_goes_before_them() -> None:
     assert len(task_of(BitFit()).adapters.sites) > 12  # a method with sites of its own takes them
 
 
-@pytest.mark.slow
-def test_chunks_of_the_texts_train_to_the_same_adapters(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"text_chunk": 2}, {"recompute": "cheap"}, {"recompute": "cheap", "text_chunk": 2}],
+    ids=str,
+)
+def test_what_saves_memory_gives_the_same_gradients(settings: dict[str, Any]) -> None:
     found = []
-    for chunk in (None, 2):
-        folder = tmp_path / str(chunk)
-        folder.mkdir()
-        task = task_of(LoRA(rank=2), text_chunk=chunk, lr=1e-2, steps_per_shot=2)
-        assert fitted(folder, task).global_step == 4
-        found.append(task.adapters.state_dict())
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.allclose(found[0][key], found[1][key], atol=1e-4) for key in found[0])
+    for how in ({}, settings):
+        task = task_of(LoRA(rank=2), **how)
+        shift(task)
+        task.training_loss(batch()).backward()
+        found.append([p.grad for p in task.adapters.parameters()])
+    for plain, ours in zip(*found, strict=True):
+        assert plain is not None
+        assert ours is not None
+        assert plain.abs().max() > 1e-3
+        assert torch.allclose(plain, ours, atol=1e-5, rtol=1e-4)
 
 
 # Steps and rates
@@ -270,6 +276,19 @@ def test_an_adapted_model_answers_other_classes_too(tmp_path: Path) -> None:
         mean = F.normalize(sum(texts), dim=-1)  # type: ignore[arg-type]
         by_hand = (100 * task.pair.image_features(images) @ mean.T).softmax(-1)
     assert torch.allclose(found.probabilities(images), by_hand, atol=1e-5)
+
+
+def test_a_classifier_answers_with_the_sets_that_are_active(tmp_path: Path) -> None:
+    path, task = saved(tmp_path)
+    images, _ = batch()
+    found = Classifier.from_file(path)
+    adapted = found.probabilities(images)
+    with activate(found.pair.model, None):
+        frozen = found.probabilities(images)
+    with torch.no_grad(), activate(task.backbone, None):
+        assert torch.allclose(frozen, task(images).softmax(-1), atol=1e-5)
+    assert not torch.allclose(adapted, frozen, atol=1e-2)
+    assert torch.equal(found.probabilities(images), adapted)
 
 
 @pytest.mark.parametrize("key", ["backbone", "preprocessing", "classes", "template", "scale"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..core.configuration import Domain
 from ..core.images.data import ImageData
 from ..core.images.measured import TEST_PICTURE, TEST_TABLE, Measured
+from . import data_sets as data_sets  # its data module is found by its short name
 from .backbones import Backbone
 from .description import describe
 from .task import ImageTextClassification

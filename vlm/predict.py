@@ -17,15 +17,17 @@ from ..core.images.preprocessing import Preprocessing
 from .adapters import load_set
 from .description import describe
 from .model import ImageText
-from .prompts import COMMON
-from .text_features import class_features
+from .prompts import COMMON, class_tokens
+from .text_features import TextFeatures, averaged
+
+_AT_ONCE = 256  # prompts; nothing is kept for backward, so that it is only the memory of one block
 
 
 class Classifier:
     """Images [n, 3, h, w], prepared -> softmax(scale f(image) g(class)^T) [n, classes].
 
-    g averages over the `templates`. The model's active sets act; no head, so that `classes` may be
-    any. `scale` is the checkpoint's unless given.
+    g averages over the `templates`. The sets that are active in a call act on both towers; no head,
+    so that `classes` may be any. `scale` is the checkpoint's unless given.
 
     >>> from polyadapt.vlm.backbones import OpenCLIP
     >>> small = OpenCLIP(name="ViT-S-32-alt", pretrained=None)
@@ -46,7 +48,10 @@ class Classifier:
         self.classes = tuple(classes)
         self.scale = pair.scale if scale is None else scale
         self.preprocessing = preprocessing or pair.preprocessing
-        self.texts = class_features(pair, self.classes, templates)
+        if not templates:
+            raise AdaptError("no template is given: one or more are wanted")
+        tokens = [class_tokens(pair.tokenize, self.classes, template) for template in templates]
+        self.texts = [TextFeatures(pair, each, _AT_ONCE) for each in tokens]
 
     @classmethod
     def from_file(
@@ -70,8 +75,8 @@ class Classifier:
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
         """[n, 3, h, w] -> [n, classes]."""
-        features = self.pair.image_features(images.to(self.texts.device))
-        return (self.scale * features @ self.texts.T).softmax(-1)
+        texts = averaged([found() for found in self.texts])
+        return (self.scale * self.pair.image_features(images) @ texts.T).softmax(-1)
 
     def classify(
         self, paths: Sequence[Path], batch_size: int = 32, skip: bool = False

@@ -92,8 +92,14 @@ def class_features(
     tokens = [class_tokens(pair.tokenize, classes, template) for template in templates]
     device = _device(pair.model)
     with torch.no_grad():
-        found = [encode(pair, each.to(device), chunk) for each in tokens]
-    return found[0] if len(found) == 1 else F.normalize(torch.stack(found).mean(0), dim=-1)
+        return averaged([encode(pair, each.to(device), chunk) for each in tokens])
+
+
+def averaged(features: Sequence[Tensor]) -> Tensor:
+    """Features [c, d] of several templates as one of length 1; a single one is as it was."""
+    if len(features) == 1:
+        return features[0]
+    return F.normalize(torch.stack([*features]).mean(0), dim=-1)
 
 
 class TextFeatures:
