@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,31 @@ def test_the_trainer_s_own_limits_hold_where_they_are_asked_for(
     tmp_path: Path, settings: dict[str, Any], limits: dict[str, Any], steps: int
 ) -> None:
     assert fitted(tmp_path, task_of(**settings), **limits).global_step == steps
+
+
+class KeepFirst(Callback):
+    """Copies the state at the end of the first epoch."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        last = Path(str(trainer.checkpoint_callback.best_model_path))  # type: ignore[union-attr]
+        if trainer.current_epoch == 1:
+            shutil.copy(last, last.parent.parent / "first.ckpt")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_after_its_steps_and_in_the_same_bits(tmp_path: Path) -> None:
+    whole, resumed = (task_of(steps_per_shot=3) for _ in range(2))
+    torch.manual_seed(5)
+    fitted(tmp_path, whole, KeepFirst())
+    data = ArrayData(str(tmp_path / "a.npz"), val_share=0.25, batch_size=4, shots=2)
+    rates = Rates()
+    trainer = trainer_in(tmp_path / "again", rates, max_epochs=1)
+    trainer.fit(resumed, datamodule=data, ckpt_path=tmp_path / "first.ckpt")
+    assert trainer.global_step == 6
+    assert len(rates.seen) == 4  # two steps were taken before
+    ours, theirs = whole.state_dict(), resumed.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.slow
