@@ -158,18 +158,21 @@ class TipAdapter:
     ) -> TipAdapter:
         """Tip-Adapter-F: the keys trained by cross-entropy on `images`, the values kept.
 
-        AdamW with the authors' eps 1e-4, a cosine to 0 over all steps, batches shuffled by `seed`.
+        Images [n, d], or [v, n, d] with v views of each: an epoch sees one of them, in turn. AdamW
+        with the authors' eps 1e-4, a cosine to 0 over all steps, batches shuffled by `seed`.
         """
         if epochs < 1 or batch_size < 1:
             raise AdaptError(f"epochs={epochs}, batch_size={batch_size}: both from 1")
         tuned = replace(self, keys=self.keys.clone().requires_grad_())
         optimizer = torch.optim.AdamW([tuned.keys], lr=lr, eps=1e-4)
-        steps = epochs * -(-len(images) // batch_size)
+        views = images if images.ndim == 3 else images[None]
+        steps = epochs * -(-len(labels) // batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         generator = Generator().manual_seed(seed)
-        for _ in range(epochs):
-            for batch in torch.randperm(len(images), generator=generator).split(batch_size):
-                loss = F.cross_entropy(tuned.logits(images[batch]), labels[batch])
+        for epoch in range(epochs):
+            seen = views[epoch % len(views)]
+            for batch in torch.randperm(len(labels), generator=generator).split(batch_size):
+                loss = F.cross_entropy(tuned.logits(seen[batch]), labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -10,6 +10,8 @@ VERBS = {
     "test": "measure an adapter file or a checkpoint on the test images",
     "predict": "classify image files with an adapter file",
     "zero-shot": "classify image files into classes that you name, without training",
+    "few-shot": "compare methods by shots and seeds on one data set; a table and a picture",
+    "pretrain-pair": "train the offline pair's projections again",
     "sites": "show where adapters would go on a backbone",
 }
 

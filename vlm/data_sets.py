@@ -148,9 +148,9 @@ class CoOpData(ImageData):
 
     name: a key of `DATA_SETS`; root: the folder that holds `DATA_SETS[name].folder`, laid out as
     CoOp's instructions say. Where the published split file (or, for Aircraft and ImageNet, the data
-    set's own parts) is, it decides; else class folders are split 50/20/30 by `seed`, or
-    torchvision's files below `root` are read, with a warning either way: such numbers compare with
-    no published ones.
+    set's own parts) is, it decides; else class folders are split 50/20/30 by `split_seed`, so that
+    every seed of shots has one test part, or torchvision's files below `root` are read, with a
+    warning either way: such numbers compare with no published ones.
     shots: images of every class, None keeps the whole training part; drawn by `seed`; fewer:
     "repeat" uses images of a class that has not so many more than once, "refuse" stops there.
     half: "base" or "new" keeps that half of the classes (CoCoOp, arXiv 2203.05557).
@@ -166,6 +166,7 @@ class CoOpData(ImageData):
         shots: int | None = None,
         fewer: Fewer = "repeat",
         half: Half = "all",
+        split_seed: int = 1,
         **common: Any,
     ) -> None:
         super().__init__(shots=shots, **common)
@@ -180,14 +181,15 @@ class CoOpData(ImageData):
         self.root = root
         self.fewer: Fewer = fewer
         self.half: Half = half
+        self.split_seed = split_seed
 
     def read(self) -> Sources:
-        whole = read_data_set(self.name_, Path(self.root), self.seed)
+        whole = read_data_set(self.name_, Path(self.root), self.split_seed)
         kept = half_of(whole, self.half)
         return kept if self.shots is None else few_shot(kept, self.shots, self.seed, self.fewer)
 
 
-def read_data_set(name: str, root: Path, seed: int = 0) -> Sources:
+def read_data_set(name: str, root: Path, seed: int = 1) -> Sources:
     """All images of one of the eleven, in their parts; see `CoOpData`."""
     known = DATA_SETS[name]
     folder = root / known.folder
