@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -119,7 +120,8 @@ class SpeechRecognition(AdaptedModule):
         return self.speech.logits(inputs, self.speech.encode(mel))
 
     def training_loss(self, batch: Batch) -> Tensor:
-        return _loss(self(batch.mel, batch.inputs), batch.targets)
+        loss = _loss(self(batch.mel, batch.inputs), batch.targets)
+        return loss * _share((batch.targets != IGNORED).sum().float())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._measure("val", batch)
@@ -154,6 +156,18 @@ class SpeechRecognition(AdaptedModule):
         rates = {"wer": found.wer, "cer": found.cer, "heard_in_silence": float(found.heard)}
         # All processes have the same sums already; else Lightning warns.
         self.log_dict({f"{part}_{name}": rate for name, rate in rates.items()}, sync_dist=True)
+
+
+def _share(tokens: Tensor) -> Tensor:
+    """This process's tokens in relation to the mean of all processes, whose losses are averaged.
+
+    So every token counts alike, as it does for one process that has the clips of all.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return torch.ones_like(tokens)
+    every = tokens.clone()
+    dist.all_reduce(every)
+    return tokens * dist.get_world_size() / every
 
 
 class ErrorCounts(Metric):

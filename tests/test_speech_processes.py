@@ -28,10 +28,10 @@ def test_two_processes_with_workers_train_s2_lora_as_one_process_does(
     monkeypatch.chdir(tmp_path)
     save_whisper()
     lines = ["path,text,split"]
-    for index in range(12):  # two processes divide both parts; every text has one token
+    for index in range(12):  # two processes divide both parts, and get unequal numbers of tokens
         save_clip(f"{index}.wav", 0.4, index)
         part = "val" if index >= 8 else "train"
-        lines.append(f"{index}.wav,{('one', 'two', 'six')[index % 3]},{part}")
+        lines.append(f"{index}.wav,{('one', 'twenty-seven', 'six')[index % 3]},{part}")
     Path("m.csv").write_text("\n".join(lines) + "\n")
     made = configuration(model__lr=0.01, trainer__max_epochs=3)
     made["model"]["adapter"] = {"class_path": "S2LoRA", "init_args": {"rank": 4, "l1": 0.1}}
