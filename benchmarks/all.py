@@ -24,6 +24,8 @@ NAMES = (
     "damaged_files",
     "killed_runs",
     "speech_switching",
+    "vlm_peft",
+    "block_lora",
 )
 
 
