@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..core.container import write_atomically
@@ -23,7 +22,6 @@ from ..core.fingerprint import digest, frozen_weights
 from ..core.sets import AdapterSet, sets_of, switch
 from ..core.store import read_file
 from .adapters import in_layout, load_set
-from .audio import HOP, SAMPLE_RATE, excerpts, log_mel
 from .bundle_record import (
     SELECTOR,
     Entry,
@@ -35,14 +33,10 @@ from .bundle_record import (
     sha256,
 )
 from .decision import NONE, Choice, Decision, Scenario
+from .listening import listen
 from .model import Speech, speech_of
 from .names import to_transformers
-from .noise import usable
 from .selector import Selector, read_selector, save_selector
-
-_WINDOW = 30 * SAMPLE_RATE
-_MOST_WINDOWS = 8
-_SHORTEST = SAMPLE_RATE // 10
 
 
 class Bundle:
@@ -193,36 +187,11 @@ class Bundle:
                 f"{self.folder}: sets cannot be chosen automatically: {self.deaf}; choose by name: "
                 f"{', '.join([*self.names, NONE])}"
             )
-        if isinstance(heard, Tensor) and heard.dim() == 2:
-            mels = [heard]
-        else:
-            mels = self._mels(usable(heard) if isinstance(heard, Tensor) else heard)
-        if not all(bool(mel.isfinite().all()) for mel in mels):
-            raise AdaptError("the log-mel holds NaN or infinite values")
-        mels = [mel for mel in mels if bool((mel != mel.flatten()[0]).any())]
-        if not mels:
+        found = listen(self.selector, self.record.hearing, heard)
+        if found is None:
             fallback = self.decision.fallback(self.names)
             return Choice(fallback, "nothing to hear: silence, or less than 0.1 s")
-        classes, snr = self._estimate(self.selector, mels)
-        return self.decision.choose(classes, snr, self.names)
-
-    def _mels(self, heard: Tensor | Path) -> list[Tensor]:
-        """Log-mels of evenly spaced windows of at most 30 s, as long as the clip itself."""
-        n_mels = self.record.hearing.n_mels
-        return [
-            log_mel([w], n_mels, w.numel() / SAMPLE_RATE)[0, :, : -(-w.numel() // HOP)]
-            for w in excerpts(heard, _WINDOW, _MOST_WINDOWS)
-            if w.numel() >= _SHORTEST
-        ]
-
-    @torch.no_grad()
-    def _estimate(self, selector: Selector, mels: list[Tensor]) -> tuple[list[float], float | None]:
-        """Probabilities of the classes, and the SNR if the selector tells it."""
-        found = [selector(mel[None].float().cpu()) for mel in mels]
-        logits = torch.cat([estimate.logits for estimate in found])
-        classes = (logits / self.record.hearing.temperature).softmax(1).mean(0).tolist()
-        snr = torch.cat([estimate.snr_db for estimate in found]).mean()
-        return classes, None if bool(snr.isnan()) else float(snr)
+        return self.decision.choose(*found, self.names)
 
 
 def create(
@@ -240,7 +209,7 @@ def create(
     cost matrix that do not fit the sets.
     """
     folder = Path(folder)
-    _check_new(folder, sets, labels)
+    check_new(folder, sets, labels)
     if (selector is None) != (decision is None):
         raise AdaptError("a selector and a decision belong together: give both or neither")
     try:
@@ -293,7 +262,8 @@ def _with_base(record: Record, path: Path) -> Record:
     return replace(record, weights={**known, **file.fingerprint}, backbone=backbone)
 
 
-def _check_new(folder: Path, sets: Mapping[str, object], labels: Mapping[str, Scenario]) -> None:
+def check_new(folder: Path, sets: Mapping[str, object], labels: Mapping[str, object]) -> None:
+    """Refuse a folder that a bundle cannot be made in, and sets without a label each."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdaptError(f"{folder} exists and is no empty folder: a bundle needs one of its own")
     if not folder.absolute().parent.is_dir():

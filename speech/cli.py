@@ -11,6 +11,7 @@ VERBS = {
     "fit-av": "train an audio-visual set on filmed clips, by a configuration",
     "validate-av": "measure an audio-visual set or a checkpoint on filmed clips",
     "transcribe": "write down what is said in audio files",
+    "make-bundle": "put sets into a folder, with a selector that chooses among them by the noise",
     "select": "which set of a bundle fits the noise of a clip",
     "sites": "show where a pattern would put adapters on a Whisper",
 }

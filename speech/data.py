@@ -256,20 +256,24 @@ class Manifest(SpeechData):
     """Clips that a manifest names: CSV with the header `path,text`, or JSON lines with these keys.
 
     Further columns: `speaker`, and `split` (train, val or test). Or a file for each part: `path`,
-    `val`, `test`. Paths in a manifest begin at its folder.
+    `val`, `test`. Several files of `path` are as one. Paths in a manifest begin at its folder.
     """
 
     def __init__(
-        self, path: str, val: str | None = None, test: str | None = None, **common: Any
+        self,
+        path: str | list[str],
+        val: str | None = None,
+        test: str | None = None,
+        **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.files = {"train": path, "val": val, "test": test}
+        self.paths = [path] if isinstance(path, str) else path
+        self.others = {part: f for part, f in (("val", val), ("test", test)) if f is not None}
 
     def read(self) -> Parts:
-        files = {part: file for part, file in self.files.items() if file is not None}
-        if len(files) == 1:
-            return read_manifest(files["train"])
-        return joined(read_manifest(file, part) for part, file in files.items())
+        part = "train" if self.others else None
+        own = (read_manifest(path, part) for path in self.paths)
+        return joined([*own, *(read_manifest(f, other) for other, f in self.others.items())])
 
 
 class SpeechFolders(SpeechData):

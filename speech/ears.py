@@ -69,14 +69,14 @@ def ears(wanted: Wanted) -> tuple[Speech, Conditions | Choose]:
     if wanted.sets is not None:
         return _with_bundle(wanted, Bundle.open(wanted.sets))
     backbone = backbone_named(wanted.model) if wanted.model else _default()
-    return _built(backbone), _told(Conditions(), wanted)
+    return built(backbone), _told(Conditions(), wanted)
 
 
 def _with_set(wanted: Wanted, file: Path) -> tuple[Speech, Conditions]:
     about = describe(file)
     if wanted.filmed:
         _require_filmed([about], file)
-    speech = _built(backbone_named(wanted.model) if wanted.model else about.backbone)
+    speech = built(backbone_named(wanted.model) if wanted.model else about.backbone)
     if _blind(about, wanted):
         _say_blind(file)
         return speech, _told(Conditions(), wanted)
@@ -97,7 +97,7 @@ def _with_bundle(wanted: Wanted, bundle: Bundle) -> tuple[Speech, Conditions | C
     abouts = {name: describe(bundle.file(name)) for name in _needed(wanted.select, bundle)}
     if wanted.filmed:
         _require_filmed(abouts.values(), bundle.folder)
-    speech = _built(_backbone(wanted, bundle, list(abouts.values())))
+    speech = built(_backbone(wanted, bundle, list(abouts.values())))
     base = _told(Conditions(), wanted)
     if wanted.select == NONE:
         return speech, base
@@ -189,6 +189,7 @@ def _default() -> Backbone:
     return OfflineTinyEn()
 
 
-def _built(backbone: Backbone) -> Speech:
+def built(backbone: Backbone) -> Speech:
+    """The frozen Whisper, on the best device."""
     model = backbone.build().eval().requires_grad_(False)
     return speech_of(model.to("cuda" if torch.cuda.is_available() else "cpu"))

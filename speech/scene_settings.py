@@ -98,13 +98,17 @@ class Noise:
 
     def label(self) -> dict[str, Any]:
         """What a set is for that was trained in this noise, for its file."""
-        kinds = self.kinds or (list(KINDS) if self.folder is None else [self.folder])
         return {
-            "category": "+".join(kinds),
+            "category": "+".join(self.kinds or self._all_kinds()),
             "snr_db": [self.low, self.high],
             "convention": self.convention,
             **({"own_speakers": True} if self.own_speakers else {}),
         }
+
+    def _all_kinds(self) -> list[str]:
+        """What the scenes are called where no kinds are named."""
+        found = KINDS if self.folder is None else folder_scenes(self.folder)
+        return list(dict.fromkeys([*found, *(_OWN if self.own_speakers else ())]))
 
 
 def _by_speaker(clips: Sequence[Clip]) -> dict[str, list[Callable[[], Tensor]]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.errors import AdaptError
 from .audio import HOP, frames_of, log_mel
+from .clips import Clip
 from .noise import fitted
 from .scenes import Scene, seeded
 from .selector import Selector
@@ -38,13 +39,16 @@ class Examples:
 
 def examples(
     scenes: Mapping[str, Scene],
-    clips: Sequence[Tensor],
+    clips: Sequence[Tensor | Clip],
     count: int,
     seconds: float = 3.0,
     seed: int = 0,
     n_mels: int = 80,
 ) -> Examples:
-    """`count` mixtures of clean clips [n] with the scenes, each scene as often as another.
+    """`count` mixtures of clean clips with the scenes, each scene as often as another.
+
+    `clips` are samples [n], or clips that are read when they are drawn, whose speaker is then not
+    in the noise.
 
     A clip longer than `seconds` is cut somewhere, a shorter one stays as it is, since the selector
     is to hear such clips. The order of the scenes is the order of the classes. Split speakers and
@@ -63,12 +67,13 @@ def examples(
 
 
 def _example(
-    scenes: Sequence[Scene], clips: Sequence[Tensor], i: int, seconds: float, seed: int
+    scenes: Sequence[Scene], clips: Sequence[Tensor | Clip], i: int, seconds: float, seed: int
 ) -> tuple[Tensor, float]:
     generator = seeded("selector", seed, i)
     clip = clips[int(torch.randint(len(clips), (), generator=generator))]
-    clip = fitted(clip, min(clip.numel(), frames_of(seconds) * HOP), generator)
-    mixture, label = scenes[i % len(scenes)].draw(clip, generator)
+    audio, speaker = (clip, None) if isinstance(clip, Tensor) else (clip.hear(), clip.speaker)
+    audio = fitted(audio, min(audio.numel(), frames_of(seconds) * HOP), generator)
+    mixture, label = scenes[i % len(scenes)].draw(audio, generator, speaker)
     return mixture, label.snr_db
 
 

@@ -28,7 +28,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         about = {"backbone": OfflineTinyEn().to_json(), "language": "en", "timestamps": False}
         one.extra |= {**about, "seconds": {"hiss": 1.0, "voice": 2.0}.get(name, 30.0)}
     create(tmp_path / "sets", made, LABELS)
-    monkeypatch.setattr(ears, "_built", lambda backbone: tiny_speech())
+    monkeypatch.setattr(ears, "built", lambda backbone: tiny_speech())
     return tmp_path / "sets"
 
 

@@ -42,7 +42,7 @@ QUICK: dict[str, Any] = {"seconds": SECONDS, "longest": 3, "timestamps": False, 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ears, "_built", lambda backbone: tiny_speech())
+    monkeypatch.setattr(ears, "built", lambda backbone: tiny_speech())
 
 
 def save_set(name: str = "babble", seed: int = 1) -> Path:
