@@ -35,6 +35,8 @@ from polyadapt.tests.adalora_cases import chain
 from polyadapt.tests.block_lora_cases import SPLITS, made_at, numbers, rank_split, seeded, update
 from polyadapt.tests.factor_cases import layers, site_at, stir
 
+pytestmark = pytest.mark.slow
+
 # Training
 
 

@@ -14,6 +14,8 @@ from polyadapt.speech.make_bundle import main
 from polyadapt.tests.bundle_making import LABELS, quick, save_clips, save_set, sets
 from polyadapt.tests.speech_cases import save_whisper
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_with_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

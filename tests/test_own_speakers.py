@@ -18,6 +18,8 @@ from polyadapt.speech.scene_settings import Noise
 from polyadapt.speech.scenes import Talkers, seeded
 from polyadapt.speech.tokens import Tokens
 
+pytestmark = pytest.mark.slow
+
 SPEAKERS = ("ann", "bob", "cid", "dan", "eve", "fay")
 SECONDS = 0.4
 

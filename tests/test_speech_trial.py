@@ -34,6 +34,8 @@ from polyadapt.tests.speech_bundles import CLASSES, lora
 from polyadapt.tests.speech_cases import save_clip, save_manifest
 from polyadapt.tests.speech_models import tiny_speech
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def clip(number: int, text: str = "cat dog") -> Clip:
     sound = torch.sin(torch.arange(6_400) * (0.1 + number / 50)) / 4

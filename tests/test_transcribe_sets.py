@@ -18,6 +18,8 @@ from polyadapt.speech.transcription import Conditions
 from polyadapt.tests.speech_bundles import LABELS, lora
 from polyadapt.tests.speech_models import tiny_speech
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -34,6 +34,8 @@ from polyadapt.tests.speech_bundles import lora
 from polyadapt.tests.speech_cases import save_clip
 from polyadapt.tests.speech_models import tiny_speech
 
+pytestmark = pytest.mark.slow  # whole runs
+
 SECONDS = 0.6  # the context of the sets here
 NAMES = ("babble", "music")
 QUICK: dict[str, Any] = {"seconds": SECONDS, "longest": 3, "timestamps": False, "language": "en"}

@@ -20,6 +20,8 @@ from polyadapt.vlm.model import ImageText, image_text_of
 from polyadapt.vlm.names import encoder_of, sites_for
 from polyadapt.vlm.split import SplitAttention, split_attention
 
+pytestmark = pytest.mark.slow
+
 by_kind = pytest.mark.parametrize("kind", KINDS)
 PLAIN = CLIP_LORA.replace(dropout=0.0)
 

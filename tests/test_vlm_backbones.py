@@ -26,6 +26,8 @@ from polyadapt.vlm.backbones import Backbone, OfflinePair, OpenCLIP, Transformer
 from polyadapt.vlm.names import sites_for
 from polyadapt.vlm.split import SplitAttention
 
+pytestmark = pytest.mark.slow  # whole runs
+
 TINY: dict[str, Any] = {
     "embed_dim": 8,
     "vision_cfg": {

@@ -12,6 +12,8 @@ from torch import Generator, Tensor
 from polyadapt.core.errors import AdaptError
 from polyadapt.vlm.baselines import TipAdapter, accuracy, linear_probe, zero_shot
 
+pytestmark = pytest.mark.slow
+
 # Two classes along the axes, and an image between them that leans to the first.
 CLASSES = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
 IMAGE = torch.tensor([[0.8, 0.6]])

@@ -27,6 +27,8 @@ from polyadapt.vlm.predict import Classifier
 from polyadapt.vlm.records import RECORD, Record, read_record
 from polyadapt.vlm.transfer import HalfOfClasses, base_to_new, cross_data_set, top1_on
 
+pytestmark = pytest.mark.slow  # whole runs
+
 WORDS = ["--data", "arrays.npz", "--out", "out", "--template", TEMPLATE, "--steps-per-shot", "2"]
 Command = Callable[..., None]
 

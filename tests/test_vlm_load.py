@@ -16,6 +16,8 @@ from polyadapt.vlm.model import image_text_of
 from polyadapt.vlm.names import sites_for
 from polyadapt.vlm.split import split_attention
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def _tower(split: bool, seed: int = 0) -> nn.Module:
     model = clip(seed)

@@ -29,6 +29,8 @@ from polyadapt.tests.vlm_models import (
 )
 from polyadapt.vlm.model import CLIP_MEAN, image_text_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_have_length_one_and_the_width_that_is_said(kind: str) -> None:

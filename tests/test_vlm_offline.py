@@ -24,6 +24,8 @@ from polyadapt.vlm.backbones import Backbone, OfflinePair
 from polyadapt.vlm.offline import CONFIG, CONTEXT, PROJECTIONS, WIDTH, offline_pair, pair_tokenizer
 from polyadapt.vlm.pretrain_pair import Features, accuracy, main, pretrain_pair, train
 
+pytestmark = pytest.mark.slow
+
 SEEN = ["airplane", "bird", "deer", "frog", "ship"]
 
 

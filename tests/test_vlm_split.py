@@ -26,6 +26,8 @@ from polyadapt.vlm.model import image_text_of
 from polyadapt.vlm.names import sites_for
 from polyadapt.vlm.split import SplitAttention, joined_attention, split_attention
 
+pytestmark = pytest.mark.slow
+
 B, N, D, HEADS = 2, 5, 12, 3
 CAUSAL = torch.full((N, N), -torch.inf).triu(1)
 MASKS: dict[str, Tensor | None] = {

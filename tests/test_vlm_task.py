@@ -25,6 +25,8 @@ from polyadapt.vlm.predict import Classifier
 from polyadapt.vlm.prompts import class_tokens
 from polyadapt.vlm.task import ImageTextClassification, cosine
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 @pytest.fixture(autouse=True)
 def _lightning_is_calm() -> Any:

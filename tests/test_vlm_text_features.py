@@ -14,6 +14,8 @@ from polyadapt.core import LoRA, S2LoRA, activate, attach, recompute, sets_of, s
 from polyadapt.core.errors import AdaptError
 from polyadapt.vlm.text_features import TextFeatures, class_features, encode
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 7
 
 
