@@ -245,6 +245,7 @@ def test_what_inference_mode_made_can_be_trained_with() -> None:
         features()
     image = pair.model.visual(torch.ones(1, 8))
     (image @ features().T).sum().backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in pair.model.parameters())
 
 
 def test_a_set_for_each_sample_has_no_class_features() -> None:
