@@ -14,6 +14,7 @@ import torch
 from polyadapt.core import attach
 from polyadapt.core.errors import AdaptError
 from polyadapt.core.images.data import ArrayData
+from polyadapt.core.records import RECORD, read_record
 from polyadapt.tests.vision_cases import write
 from polyadapt.tests.vlm_cases import COLOURS, TEMPLATE, TinyCLIP, configuration, save_colours
 from polyadapt.vlm import few_shot
@@ -24,7 +25,7 @@ from polyadapt.vlm.frozen_features import FrozenFeatures
 from polyadapt.vlm.methods import ADAPTERS, BASELINES, method_called
 from polyadapt.vlm.names import sites_for
 from polyadapt.vlm.predict import Classifier
-from polyadapt.vlm.records import RECORD, Record, read_record
+from polyadapt.vlm.records import Record
 from polyadapt.vlm.transfer import HalfOfClasses, base_to_new, cross_data_set, top1_on
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -136,8 +137,8 @@ def test_data_without_a_test_part_is_refused() -> None:
 def test_a_damaged_record_is_refused_by_its_file(tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text('{"method": "lora"}')
     with pytest.raises(AdaptError, match=r"record\.json is no record of a run"):
-        read_record(tmp_path, "")
-    assert read_record(tmp_path / "none", "") is None
+        read_record(Record, tmp_path, "")
+    assert read_record(Record, tmp_path / "none", "") is None
 
 
 # Methods

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import hashlib
-import io
 import json
 import time
 from collections.abc import Sequence
@@ -15,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.container import write_atomically
 from ..core.errors import AdaptError
+from ..core.records import RECORD, digest
 
 if TYPE_CHECKING:
     from ..core.configuration import DomainCLI
 
-RECORD = "record.json"
 Part = Literal["val", "test"]
 
 
@@ -110,7 +107,7 @@ class Fit:
                 f"monitor={parsed.config.monitor!r} is not allowed here: what is reported is the"
                 " last epoch, not the best one"
             )
-        return hashlib.sha256(parsed.effective().encode()).hexdigest()
+        return digest(parsed.effective())
 
 
 def records_of(fits: Sequence[Fit]) -> list[Record]:
@@ -142,20 +139,6 @@ def read_record(folder: Path) -> Record | None:
         return Record(**fields | {name: tuple(fields[name]) for name in ("mean", "std")})
     except (KeyError, TypeError, ValueError) as error:
         raise AdaptError(f"{file} is no record of a fit: {error}; remove it") from error
-
-
-def records_csv(records: Sequence[Record]) -> bytes:
-    """The records as CSV, a column per field."""
-    text = io.StringIO()
-    names = [field.name for field in dataclasses.fields(Record)]
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    for record in records:
-        row = dataclasses.asdict(record)
-        writer.writerow(
-            {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in row.items()}
-        )
-    return text.getvalue().encode()
 
 
 def _fitted(words: Sequence[str], folder: Path, part: Part) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ..core.cli import OneLineParser
 from ..core.container import write_atomically
+from ..core.records import records_csv
 from .compare import whole_numbers
-from .records import Fit, Part, Record, records_csv, records_of, seeded
+from .records import Fit, Part, Record, records_of, seeded
 
 MEASURED = {"val": "validation", "test": "test"}
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ..core.cli import OneLineParser
 from ..core.container import write_atomically
+from ..core.records import records_csv
 from .compare import whole_numbers
-from .records import Fit, Record, records_csv, records_of, seeded
+from .records import Fit, Record, records_of, seeded
 from .vtab_tasks import (
     FINAL,
     IMAGES,

@@ -16,13 +16,14 @@ from ..core.cli import OneLineParser
 from ..core.container import write_atomically
 from ..core.errors import AdaptError
 from ..core.images.data import ArrayData, ImageFolders
+from ..core.records import records_csv
 from ..core.run_folder import make_folder
 from .backbone_words import HELP, backbone_called
 from .data_sets import DATA_SETS, CoOpData
 from .few_shot_run import Comparison, Run
 from .methods import ADAPTERS, BASELINES, DEFAULT, Method, method_called
 from .prompts import COMMON, template_of
-from .records import Record, records_csv
+from .records import Record
 
 FILES = ("outcomes.csv", "table.md", "few_shot.png")
 

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.images.data import ImageData
+from ..core.records import digest, read_record, write_record
 from .backbones import Backbone
 from .baselines import LinearProbe, TipAdapter, accuracy, linear_probe, zero_shot
 from .frozen_features import FrozenFeatures
 from .methods import Method
 from .prompts import COMMON
-from .records import Record, digest, read_record, write_record
+from .records import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ class Run:
     def finished(self) -> Record | None:
         """The record, if it is there; nothing is run."""
         settings = self.shared.settings(self.method, self.shots, self.seed)
-        return read_record(self.folder, settings)
+        return read_record(Record, self.folder, settings)
 
     def record(self) -> Record:
         """Train and measure."""
