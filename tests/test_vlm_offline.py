@@ -19,9 +19,10 @@ from polyadapt.core.errors import AdaptError
 from polyadapt.core.images.dinov2 import dinov2_small
 from polyadapt.core.images.preprocessing import Preprocessing
 from polyadapt.core.images.sources import read_arrays
+from polyadapt.core.minilm import CONFIG
 from polyadapt.vlm import offline
 from polyadapt.vlm.backbones import Backbone, OfflinePair
-from polyadapt.vlm.offline import CONFIG, CONTEXT, PROJECTIONS, WIDTH, offline_pair, pair_tokenizer
+from polyadapt.vlm.offline import CONTEXT, PROJECTIONS, WIDTH, offline_pair, pair_tokenizer
 from polyadapt.vlm.pretrain_pair import Features, accuracy, main, pretrain_pair, train
 
 pytestmark = pytest.mark.slow
@@ -113,7 +114,7 @@ def test_projections_of_another_shape_or_no_file_are_refused(tmp_path: Path) -> 
 
 
 def test_a_wheel_that_is_not_installed_is_refused_with_what_mends_it() -> None:
-    with pytest.raises(AdaptError, match=r"offline_pair needs the package gone==0\.1\.0"):
+    with pytest.raises(AdaptError, match=r"MiniLM needs the package gone==0\.1\.0"):
         replace(CONFIG, package="gone").path()
 
 

