@@ -1,4 +1,4 @@
-"""`polyadapt vlm few-shot`, and what its sets do on other classes and data."""
+"""`polyadapt vlm few-shot`: methods by shots and seeds, side by side."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from polyadapt.core.images.data import ArrayData
 from polyadapt.core.records import RECORD, read_record
 from polyadapt.tests.vision_cases import write
 from polyadapt.tests.vlm_cases import COLOURS, TEMPLATE, TinyCLIP, configuration, save_colours
-from polyadapt.vlm import few_shot
+from polyadapt.vlm import few_shot, few_shot_words
 from polyadapt.vlm.baselines import accuracy
+from polyadapt.vlm.data_words import Where
 from polyadapt.vlm.few_shot_report import picture, table
 from polyadapt.vlm.few_shot_run import Comparison, Run
 from polyadapt.vlm.frozen_features import FrozenFeatures
@@ -26,7 +27,6 @@ from polyadapt.vlm.methods import ADAPTERS, BASELINES, method_called
 from polyadapt.vlm.names import sites_for
 from polyadapt.vlm.predict import Classifier
 from polyadapt.vlm.records import Record
-from polyadapt.vlm.transfer import HalfOfClasses, base_to_new, cross_data_set, top1_on
 
 pytestmark = pytest.mark.slow  # whole runs
 
@@ -37,7 +37,7 @@ Command = Callable[..., None]
 @pytest.fixture(autouse=True)
 def _in_a_folder_with_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(few_shot, "backbone_called", lambda word: TinyCLIP(seed=len(word)))
+    monkeypatch.setattr(few_shot_words, "backbone_called", lambda word: TinyCLIP(seed=len(word)))
     save_colours()
 
 
@@ -72,7 +72,7 @@ def record(method: str, shots: int, seed: int, top1: float, **changes: Any) -> R
 
 
 def shared(**changes: Any) -> Comparison:
-    settings: dict[str, Any] = {"kind": ArrayData, "source": {"path": "arrays.npz"}}
+    settings: dict[str, Any] = {"where": Where(ArrayData, {"path": "arrays.npz"})}
     return Comparison(backbone=TinyCLIP(), **settings | {"template": TEMPLATE} | changes)
 
 
@@ -219,29 +219,3 @@ def test_the_table_has_a_row_per_method_with_mean_and_spread() -> None:
     assert lines[3] == "| lora | 70.0 +- 14.1 | 90.0 | 1,500 | 1,500 | 0.500 | 11 |"
     assert "seeds 1, 2, on 1,200 test images of 3 classes" in lines[-1]
     assert picture(runs)[1:4] == b"PNG"
-
-
-# Other classes, other data
-
-
-@pytest.mark.slow
-def test_a_set_is_measured_on_new_classes_and_on_other_data() -> None:
-    four = np.arange(24) % 4
-    images = np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), dtype=np.uint8)
-    parts: dict[str, Any] = {"train_images": images, "test_images": images}
-    np.savez("four.npz", **parts, train_labels=four, test_labels=four, classes=[*COLOURS, "grey"])
-    compare("--shots", "1", "--seeds", "1", "--methods", "clip-lora")
-    file = Path("out/clip-lora-1-shot-seed1/adapter.safetensors")
-    (row,) = outcomes()
-    assert top1_on(file, ArrayData("arrays.npz")) == pytest.approx(float(row["top1"]))
-    found = base_to_new(file, ArrayData("four.npz"))
-    base = HalfOfClasses(ArrayData("four.npz"), "base", shots=2)
-    base.setup()
-    assert base.classes == ("red", "green")
-    targets = {"same": ArrayData("arrays.npz"), "base": base}
-    elsewhere = cross_data_set(file, targets, {"same": "one {}."})
-    assert elsewhere["base"] == pytest.approx(found.base)
-    assert elsewhere["same"] == pytest.approx(top1_on(file, targets["same"], "one {}."))
-    assert elsewhere["average"] == pytest.approx((elsewhere["same"] + elsewhere["base"]) / 2)
-    with pytest.raises(AdaptError, match="are of one class"):
-        base_to_new(file, ArrayData("arrays.npz"))  # of three classes, one is new

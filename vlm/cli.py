@@ -11,6 +11,7 @@ VERBS = {
     "predict": "classify image files with an adapter file",
     "zero-shot": "classify image files into classes that you name, without training",
     "few-shot": "compare methods by shots and seeds on one data set; a table and a picture",
+    "transfer": "test what methods have learned on other classes or other data; a table",
     "pretrain-pair": "train the offline pair's projections again",
     "sites": "show where adapters would go on a backbone",
 }

@@ -8,6 +8,7 @@ from ..core.configuration import Domain
 from ..core.images.data import ImageData
 from ..core.images.measured import TEST_PICTURE, TEST_TABLE, Measured
 from . import data_sets as data_sets  # its data module is found by its short name
+from . import halves as halves
 from .backbones import Backbone
 from .description import describe
 from .task import ImageTextClassification

@@ -10,19 +10,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..core.cli import OneLineParser
 from ..core.container import write_atomically
 from ..core.errors import AdaptError
-from ..core.images.data import ArrayData, ImageFolders
 from ..core.records import records_csv
 from ..core.run_folder import make_folder
-from .backbone_words import HELP, backbone_called
-from .data_sets import DATA_SETS, CoOpData
+from .data_words import data_called
 from .few_shot_run import Comparison, Run
-from .methods import ADAPTERS, BASELINES, DEFAULT, Method, method_called
-from .prompts import COMMON, template_of
+from .few_shot_words import add_arguments, comparison_of, numbers_of
+from .methods import ADAPTERS, BASELINES, DEFAULT, Method, methods_called
 from .records import Record
 
 FILES = ("outcomes.csv", "table.md", "few_shot.png")
@@ -31,20 +28,8 @@ FILES = ("outcomes.csv", "table.md", "few_shot.png")
 def main(argv: list[str]) -> int:
     """Run what is not finished, then print and write a table, a CSV file and a picture."""
     asked = _parser().parse_args(argv)
-    shared = Comparison(
-        backbone=backbone_called(asked.backbone),
-        **_source(asked.data, asked.root),
-        template=template_of(asked.template),
-        steps_per_shot=asked.steps_per_shot,
-        batch_size=asked.batch_size,
-        views=asked.views,
-        text_chunk=asked.text_chunk,
-    )
-    methods = [method_called(word) for word in asked.methods.split(",")]
-    names = [method.name for method in methods]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise AdaptError(f"two methods are called {twice[0]!r}")
-    compare(shared, methods, asked.shots, asked.seeds, asked.out)
+    shared = comparison_of(asked, data_called(asked.data, asked.root), asked.views)
+    compare(shared, methods_called(asked.methods), asked.shots, asked.seeds, asked.out)
     return 0
 
 
@@ -83,29 +68,11 @@ def compare(
     return records
 
 
-def _source(data: str, root: str) -> dict[str, Any]:
-    """The data module and where its images are: a name, a file of arrays, a folder."""
-    if data in DATA_SETS:
-        return {"kind": CoOpData, "source": {"name": data, "root": root}}
-    if data.endswith(".npz"):
-        return {"kind": ArrayData, "source": {"path": data}}
-    if Path(data).is_dir():
-        return {"kind": ImageFolders, "source": {"root": data}}
-    raise AdaptError(
-        f"there is no data {data!r}: a file .npz, a folder of images, or one of"
-        f" {', '.join(DATA_SETS)} with --root"
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="polyadapt vlm few-shot", description=__doc__)
+    add_arguments(parser)
     add = parser.add_argument
-    add("--data", required=True, metavar="NAME|NPZ|FOLDER", help="what is to be classified")
-    add("--root", default="data", metavar="FOLDER", help="where data sets with a NAME lie")
-    add("--backbone", default="offline", metavar="WORD", help=f"{HELP}; default: offline")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="of the runs and the result")
-    add("--shots", type=_numbers_of, default=[1, 4, 16], metavar="1,4,...")
-    add("--seeds", type=_numbers_of, default=[1, 2, 3], metavar="1,2,...")
+    add("--shots", type=numbers_of, default=[1, 4, 16], metavar="1,4,...")
     known = ", ".join((*BASELINES, *ADAPTERS))
     add(
         "--methods",
@@ -113,18 +80,5 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B,...",
         help=f"of {known} and configurations FILE.yaml; default: {','.join(DEFAULT)}",
     )
-    add("--template", default=COMMON, help="one sentence with {}, or a data set's name")
-    add("--steps-per-shot", type=int, default=500, metavar="N", help="default: 500")
-    add("--batch-size", type=int, default=32, metavar="N", help="default: 32")
     add("--views", type=int, default=10, metavar="N", help="of an image, for Tip-Adapter's keys")
-    add("--text-chunk", type=int, metavar="N", help="prompts at a time, for less memory")
     return parser
-
-
-def _numbers_of(text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of different whole numbers such as 1,4,16"
-        )
-    return [int(word) for word in words]

@@ -32,7 +32,7 @@ def table(records: Sequence[Record]) -> str:
 def _row(name: str, records: Sequence[Record], shots: Sequence[int]) -> list[str]:
     mine = [record for record in records if record.method == name]
     last = max(mine, key=lambda record: record.shots)
-    cells = [_share([r.top1 for r in mine if r.shots in (0, k)]) for k in shots or [0]]
+    cells = [share([r.top1 for r in mine if r.shots in (0, k)]) for k in shots or [0]]
     speed = [r.seconds / r.steps for r in mine if r.steps]
     memory = [r.memory_mib for r in mine if r.memory_mib is not None]
     return [
@@ -45,7 +45,12 @@ def _row(name: str, records: Sequence[Record], shots: Sequence[int]) -> list[str
     ]
 
 
-def _share(values: Sequence[float]) -> str:
+def share(values: Sequence[float]) -> str:
+    """Shares as a mean in per cent, with their standard deviation if there are several.
+
+    >>> share([0.5, 0.7])
+    '60.0 +- 14.1'
+    """
     if not values:
         return "-"
     spread = f" +- {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""

@@ -16,6 +16,7 @@ from ..core.images.data import ImageData
 from ..core.records import digest, read_record, write_record
 from .backbones import Backbone
 from .baselines import LinearProbe, TipAdapter, accuracy, linear_probe, zero_shot
+from .data_words import Where
 from .frozen_features import FrozenFeatures
 from .methods import Method
 from .prompts import COMMON
@@ -27,24 +28,16 @@ class Comparison:
     """What all methods share."""
 
     backbone: Backbone
-    kind: type[ImageData]
-    source: dict[str, str]
-    """The settings of `kind` that say where the images are."""
+    where: Where
     template: str = COMMON
     steps_per_shot: int = 500
     batch_size: int = 32
     views: int = 10
     text_chunk: int | None = None
 
-    @property
-    def title(self) -> str:
-        """The data in a word."""
-        return self.source["name"] if "name" in self.source else Path(*self.source.values()).name
-
     def data_settings(self, shots: int, seed: int) -> dict[str, Any]:
-        """Of the data module; without validation images, as the protocol is."""
+        """What every data module has; without validation images, as the protocol is."""
         return {
-            **self.source,
             "shots": shots,
             "seed": seed,
             "batch_size": self.batch_size,
@@ -54,13 +47,13 @@ class Comparison:
 
     def data(self, shots: int, seed: int) -> ImageData:
         """The data module of one run."""
-        return self.kind(**self.data_settings(shots, seed))
+        return self.where.module(**self.data_settings(shots, seed))
 
     def words(self, method: Method, shots: int, seed: int) -> list[str]:
         """One run as the words of `polyadapt vlm fit`; the last of two that differ counts."""
         spec = self.backbone.to_json()
         backbone = {"class_path": spec.pop("backbone"), "init_args": spec}
-        data = {"class_path": self.kind.__name__, "init_args": self.data_settings(shots, seed)}
+        data = self.where.spec(**self.data_settings(shots, seed))
         return [
             *method.words,
             f"--model.backbone={json.dumps(backbone)}",
@@ -79,7 +72,8 @@ class Comparison:
             return digest([_configuration(tuple(self.words(method, 1, 0))), shots, seed])
         if not method.learns:
             shots = seed = 0
-        backbone, data = self.backbone.to_json(), self.data_settings(shots, seed)
+        data = {**self.where.settings, **self.data_settings(shots, seed)}
+        backbone = self.backbone.to_json()
         return digest([method.name, backbone, data, self.template, self.views])
 
     @cached_property
@@ -119,7 +113,7 @@ class Run:
             shots=self.shots if self.method.learns else 0,
             seed=self.seed,
             backbone=str(backbone.get("name", backbone["backbone"])),
-            data=self.shared.title,
+            data=self.shared.where.title,
             template=self.shared.template,
             settings=self.shared.settings(self.method, self.shots, self.seed),
             **measured,

@@ -48,6 +48,15 @@ class Method:
         return self.name != ZERO_SHOT
 
 
+def methods_called(words: str) -> list[Method]:
+    """Those of a list "A,B,..."; `AdaptError` for two of one name."""
+    methods = [method_called(word) for word in words.split(",")]
+    names = [method.name for method in methods]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise AdaptError(f"two methods are called {twice[0]!r}")
+    return methods
+
+
 def method_called(word: str) -> Method:
     """A baseline, a built-in adapter, or a configuration of `polyadapt vlm fit` by its file.
 

@@ -72,6 +72,10 @@ class Classifier:
         asked = (classes or about.classes, templates or (about.template,))
         return cls(pair, *asked, about.scale, about.preprocessing)
 
+    def naming(self, classes: Sequence[str], templates: Sequence[str]) -> Classifier:
+        """The same model and the sets on it, asked about other classes."""
+        return Classifier(self.pair, classes, templates, self.scale, self.preprocessing)
+
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
         """[n, 3, h, w] -> [n, classes]."""

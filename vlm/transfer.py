@@ -1,102 +1,147 @@
-"""What a trained set does elsewhere: on classes, and on data sets, that it has not seen.
+"""`polyadapt vlm transfer`: what trained sets do on classes and on data that they have not seen.
 
-Sets have no head, so prompts of any classes make a classifier of them.
+Without --to: base-to-new generalisation. Sets are trained on K shots of the first half of the
+classes of --data and tested on either half, each among its own classes. With --to: cross-data-set
+transfer. Sets are trained on K shots of all classes of --data and tested on the others as well.
+Both are CoCoOp's protocols (arXiv 2203.05557), with the training of `few-shot`, whose finished runs
+in --out count. Runs that are finished are not repeated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import harmonic_mean, mean
-from typing import Any
 
-import torch
+from ..core.cli import OneLineParser
+from ..core.container import write_atomically
+from ..core.errors import AdaptError
+from ..core.records import records_csv
+from ..core.run_folder import make_folder
+from .data_words import Where, data_called
+from .few_shot_run import Comparison, Run
+from .few_shot_words import add_arguments, comparison_of
+from .methods import ADAPTERS, ZERO_SHOT, Method, methods_called
+from .prompts import TEMPLATES
+from .records import Record
+from .transfer_report import AVERAGE, HARMONIC, Summary, table
+from .transfer_run import Elsewhere, Target
 
-from ..core.images.data import ImageData
-from ..core.images.sources import Sources
-from .coop import Half, half_of
-from .predict import Classifier, device
-
-AVERAGE = "average"
+FILES = ("transfer.csv", "transfer.md")
+DEFAULT = f"{ZERO_SHOT},clip-lora,block-lora"
 
 
-class HalfOfClasses(ImageData):
-    """The base classes (the first ceil(n / 2)) or the new ones (the rest) of other data.
+def main(argv: list[str]) -> int:
+    """Run what is not finished, then print and write a table and a CSV file."""
+    asked = _parser().parse_args(argv)
+    data = data_called(asked.data, asked.root)
+    others = [data_called(word, asked.root) for word in asked.to]
+    shared = comparison_of(asked, data if others else data.part("base"))
+    own = TEMPLATES if asked.own_templates else {}
+    targets = [
+        Target(other, own.get(other.title, shared.template))
+        for other in others or [data.part("new")]
+    ]
+    methods = methods_called(asked.methods)
+    if fixed := [m.name for m in methods if m.learns and not m.words]:
+        raise AdaptError(
+            f"{fixed[0]} answers only the classes that it was trained on: leave it out"
+        )
+    compare(
+        shared,
+        methods,
+        asked.shots,
+        asked.seeds,
+        targets,
+        asked.out,
+        AVERAGE if others else HARMONIC,
+    )
+    return 0
 
-    `shots`, seed and the further settings are those given here, not those of `data`.
+
+def compare(
+    shared: Comparison,
+    methods: Sequence[Method],
+    shots: int,
+    seeds: Sequence[int],
+    targets: Sequence[Target],
+    out: Path,
+    summary: Summary = AVERAGE,
+) -> list[Record]:
+    """Every method with every seed, on the data of `shared` and on all targets.
+
+    The files of `FILES` go to `out`. Raises `AdaptError` before any run for two data of one name,
+    for data without a test part or with other flaws, and for a record of other settings.
     """
-
-    def __init__(self, data: ImageData, half: Half, **common: Any) -> None:
-        super().__init__(**common)
-        self.whole = data
-        self.half: Half = half
-
-    def prepare_data(self) -> None:
-        self.whole.prepare_data()
-
-    def read(self) -> Sources:
-        return half_of(self.whole.read(), self.half)
-
-
-@dataclass(frozen=True)
-class BaseToNew:
-    """Top-1 on the base classes and on the new ones, each among its own half."""
-
-    base: float
-    new: float
-
-    @property
-    def harmonic(self) -> float:
-        """2 base new / (base + new).
-
-        >>> round(BaseToNew(0.8, 0.6).harmonic, 4)
-        0.6857
-        """
-        return harmonic_mean([self.base, self.new])
+    _require_different([shared.where, *(target.where for target in targets)])
+    learning = [Run(shared, m, shots, s, out) for s in seeds for m in methods if m.learns]
+    runs = [Run(shared, m, shots, seeds[0], out) for m in methods if not m.learns] + learning
+    done = [_finished(run, targets) for run in runs]
+    print(f"{len(runs)} runs, {sum(map(all, done))} of them finished before", flush=True)
+    if not all(map(all, done)):
+        for target in (Target(shared.where, shared.template), *targets):
+            target.require(shared.frozen.pair)
+    make_folder(out)
+    records = [r for run, found in zip(runs, done, strict=True) for r in _run(run, targets, found)]
+    shown = table(records, summary)
+    for name, content in zip(FILES, (records_csv(records), shown.encode()), strict=True):
+        write_atomically(out / name, content)
+    print(f"\n{shown}\n" + "\n".join(str(out / name) for name in FILES))
+    return records
 
 
-def top1_on(
-    set_file: str | Path, data: ImageData, template: str | None = None, batch_size: int = 64
-) -> float:
-    """Top-1 on the test part of any data, in its own classes; `template` is the set's unless given.
-
-    Raises `AdaptError` for a file that is no set of an image-text classifier and for data without a
-    test part.
-    """
-    data.prepare_data()
-    data.setup()
-    templates = None if template is None else (template,)
-    classifier = Classifier.from_file(set_file, device(), data.classes, templates)
-    data.preprocessing = classifier.preprocessing
-    data.batch_size = batch_size
-    right = total = 0
-    for images, labels in data.test_dataloader():
-        named = classifier.probabilities(images).argmax(1).cpu()
-        right += int(torch.eq(named, labels).sum())
-        total += len(labels)
-    return right / total
+def _finished(run: Run, targets: Sequence[Target]) -> list[Record | None]:
+    elsewhere = Elsewhere(run)
+    return [run.finished(), *(elsewhere.finished(target) for target in targets)]
 
 
-def base_to_new(set_file: str | Path, data: ImageData, template: str | None = None) -> BaseToNew:
-    """What a set that was trained on the base half of `data` does on either half (2203.05557).
+def _run(run: Run, targets: Sequence[Target], found: Sequence[Record | None]) -> list[Record]:
+    """The run's own record and one for each target; what is missing is made."""
+    own, *others = found
+    own = own or run.record()
+    elsewhere = Elsewhere(run)
+    pairs = zip(targets, others, strict=True)
+    records = [own, *(other or elsewhere.record(target, own) for target, other in pairs)]
+    if not all(found):
+        told = ", ".join(f"{record.data} {record.top1:.1%}" for record in records)
+        print(f"{run.folder.name}: {told}", flush=True)
+    return records
 
-    Train it with `HalfOfClasses(data, "base", shots=K)`, or `CoOpData(..., half="base")`.
-    """
-    found = [top1_on(set_file, HalfOfClasses(data, half), template) for half in ("base", "new")]
-    return BaseToNew(*found)
+
+def _require_different(places: Sequence[Where]) -> None:
+    titles = [where.title for where in places]
+    if twice := [title for title in titles if titles.count(title) > 1]:
+        raise AdaptError(f"two data sets are called {twice[0]!r}: their results have one name")
 
 
-def cross_data_set(
-    set_file: str | Path,
-    targets: Mapping[str, ImageData],
-    templates: Mapping[str, str] | None = None,
-) -> dict[str, float]:
-    """Top-1 of one set on every target by its name, and their average.
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="polyadapt vlm transfer", description=__doc__)
+    add_arguments(parser)
+    add = parser.add_argument
+    add(
+        "--to",
+        nargs="+",
+        default=[],
+        metavar="NAME|NPZ|FOLDER",
+        help="other data to be tested on; without it: the other half of the classes",
+    )
+    add("--shots", type=_from_one, default=16, metavar="N", help="default: 16")
+    add(
+        "--methods",
+        default=DEFAULT,
+        metavar="A,B,...",
+        help=f"of {ZERO_SHOT}, {', '.join(ADAPTERS)} and configurations FILE.yaml; default:"
+        f" {DEFAULT}",
+    )
+    add(
+        "--own-templates",
+        action="store_true",
+        help="ask every data set of --to that has a NAME with the template that it has of its own",
+    )
+    return parser
 
-    CoCoOp's protocol (arXiv 2203.05557) trains on 16 shots of ImageNet and tests on the other ten.
-    `templates`: of targets that have one of their own, as `prompts.TEMPLATES` has them.
-    """
-    said = templates or {}
-    found = {name: top1_on(set_file, data, said.get(name)) for name, data in targets.items()}
-    return found | {AVERAGE: mean(found.values())}
+
+def _from_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
