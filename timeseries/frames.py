@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +44,8 @@ def _checked(path: Path, read: Callable[[Path], Any]) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
             return read(path)
+    except AdaptError:
+        raise
     except pd.errors.EmptyDataError as error:
         raise AdaptError(f"{path}: the file is empty") from error
     # UnicodeDecodeError and pandas' ParserError are ValueErrors.
@@ -65,7 +66,7 @@ def _read_csv(path: Path) -> Any:
     # pandas would call the second of two equal names "x.1", so the header is read by itself.
     header = pd.read_csv(path, header=None, nrows=1, dtype=str, encoding="utf-8-sig")
     names = header.iloc[0].fillna("").tolist()
-    if len(names) == 1 and (len(next(csv.reader(names, delimiter=";"))) > 1 or "\t" in names[0]):
+    if len(names) == 1 and {";", "\t"} & {*names[0]}:
         raise AdaptError(f"{path}: the header has no comma: columns are separated by commas")
     # index_col=False: else a row with one cell too many would shift all columns by one.
     return pd.read_csv(
