@@ -262,8 +262,27 @@ def test_a_word_names_a_backbone() -> None:
         name="ViT-B-16", pretrained="laion2b_s34b_b88k"
     )
     assert named("ViT-B-16") == OpenCLIP(name="ViT-B-16", pretrained=None)
+    assert named("ViT-B-16/my/weights.pt").to_json()["pretrained"] == "my/weights.pt"
+    for brings_its_own in ("hf-hub:timm/ViT-B-16-SigLIP", "local-dir:my/model"):
+        assert named(brings_its_own) == OpenCLIP(name=brings_its_own, pretrained=None)
     assert named("hf:google/siglip-base") == TransformersCLIP(name="google/siglip-base")
     assert named("offline") == OfflinePair()
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("", "open_clip has no model ''"),
+        ("ViT-B-99", "open_clip has no model 'ViT-B-99'; nearest: ViT-B-"),
+        ("openai/clip-vit-base-patch16", "transformers are TransformersCLIP, hf:NAME in a command"),
+        ("ViT-B-32/nothing", "no weights 'nothing' for 'ViT-B-32', and there is no such file"),
+        ("ViT-B-32/openai", "another activation than 'ViT-B-32' has: name 'ViT-B-32-quickgelu'"),
+        ("local-dir:nowhere", "cannot load open_clip's 'local-dir:nowhere'"),
+        ("hf:nowhere/./none", "cannot load transformers' 'nowhere/./none'"),
+    ],
+)
+def test_a_word_that_names_no_backbone_is_one_line(run: Run, word: str, said: str) -> None:
+    assert said in run("sites", word).line()
 
 
 def test_help_of_the_domain_loads_nothing_that_makes_one_wait() -> None:
@@ -277,7 +296,9 @@ def test_help_of_the_domain_loads_nothing_that_makes_one_wait() -> None:
     assert "zero-shot" in ran.stdout
 
 
-@pytest.mark.parametrize("verb", ["fit", "test", "predict", "zero-shot", "sites"])
+@pytest.mark.parametrize(
+    "verb", ["fit", "test", "predict", "zero-shot", "few-shot", "transfer", "sites"]
+)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(["vlm", verb, "--help"])

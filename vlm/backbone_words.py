@@ -5,8 +5,9 @@ from __future__ import annotations
 from .backbones import Backbone, OfflinePair, OpenCLIP, TransformersCLIP
 
 HELP = (
-    "open_clip's NAME/WEIGHTS (ViT-B-16-quickgelu/openai), hf:NAME for a CLIP or SigLIP of"
-    " transformers (hf:openai/clip-vit-base-patch16), or offline: DINOv2 and MiniLM from a package"
+    "open_clip's NAME/WEIGHTS (ViT-B-16-quickgelu/openai; WEIGHTS is a tag or a file, and"
+    " hf-hub:NAME or local-dir:FOLDER brings its own), hf:NAME for a CLIP or SigLIP of transformers"
+    " (hf:openai/clip-vit-base-patch16, or a folder), or offline: DINOv2 and MiniLM from a package"
     " index"
 )
 

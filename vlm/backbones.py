@@ -114,7 +114,8 @@ class OpenCLIP(Backbone):
             near = ", ".join(difflib.get_close_matches(self.name, names, n=3, cutoff=0.4))
             raise AdaptError(
                 f"open_clip has no model {self.name!r}; nearest: {near or 'none'};"
-                " open_clip.list_models() names all"
+                " open_clip.list_models() names all; those of transformers are TransformersCLIP,"
+                " hf:NAME in a command"
             )
         if self.pretrained is not None and not Path(self.pretrained).is_file():
             tags = open_clip.list_pretrained_tags_by_model(self.name)
