@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyadapt.core import AdaptError
@@ -86,6 +86,7 @@ def test_few_shots_leave_no_window_where_the_papers_report_none() -> None:
     assert [counts(ili, 104, horizon)[0] for horizon in (24, 36, 48, 60)] == [5, 0, 0, 0]
 
 
+@settings(deadline=None)
 @given(st.integers(10, 5000), st.integers(1, 300), st.integers(1, 300))
 def test_no_window_forecasts_a_row_of_another_part(rows: int, look_back: int, horizon: int) -> None:
     if look_back > int(rows * 0.7):
@@ -137,6 +138,7 @@ def test_a_constant_channel_becomes_zero_exactly() -> None:
     assert not scaler.apply(values).any()
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30),
     st.floats(-1e6, 1e6),

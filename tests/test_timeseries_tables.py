@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyadapt.core import AdaptError
@@ -209,6 +209,7 @@ def test_what_cannot_be_filled_is_refused(tmp_path: Path) -> None:
     )
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.one_of(st.none(), st.floats(-1e6, 1e6)), min_size=3, max_size=40),
     st.sampled_from(["interpolate", "last"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Subset
 
@@ -37,6 +37,7 @@ def test_joint_windows_hold_all_channels() -> None:
     assert torch.equal(torch.cat(windows.window(1)), torch.cat([past, future]))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(0, 6), st.integers(1, 3), st.booleans(), st.integers(0, 10))
 def test_a_batch_is_its_items(
     look_back: int, horizon: int, channels: int, joint: bool, first: int
