@@ -296,7 +296,9 @@ class Returns(nn.Module):
 Named = namedtuple("Named", "state cache")
 
 
-@pytest.mark.parametrize("make", [lambda a, b: (a, b), lambda a, b: [a, b], Named], ids=str)
+@pytest.mark.parametrize(
+    "make", [lambda a, b: (a, b), lambda a, b: [a, b], Named], ids=["tuple", "list", "named"]
+)
 def test_a_block_may_return_more_than_its_state(make: Callable[[Tensor, Tensor], Any]) -> None:
     model = nn.Sequential(Returns(make))
     x = tokens()
