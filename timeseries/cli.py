@@ -12,6 +12,7 @@ VERBS = {
     "forecast": "forecast a table of your own, with an adapter file or by fitting one",
     "compare": "One-for-All and its baselines by horizon and seed, in one protocol",
     "export": "write the merged model for torch.export and ONNX, with its size and speed",
+    "rank-stability": "measure how the first update of LoRA grows with its rank; a picture",
     "sites": "show where adapters would go on a backbone",
 }
 
