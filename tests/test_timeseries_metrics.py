@@ -15,7 +15,6 @@ from torch import Tensor
 from polyadapt.core import AdaptError
 from polyadapt.timeseries.metrics import (
     M4_COUNTS,
-    Areas,
     Detection,
     aggregated,
     anomaly_threshold,
@@ -181,4 +180,5 @@ def test_the_roc_area_is_the_share_of_pairs_in_the_right_order(
 def test_areas_of_four_steps() -> None:
     # By falling score: anomaly, normal, anomaly, normal. Precision 1 and 2/3 at recall 1/2 and 1.
     found = areas(torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([1, 0, 1, 0]))
-    assert found == Areas(roc=0.75, precision_recall=pytest.approx((1 + 2 / 3) / 2))
+    assert found.roc == 0.75
+    assert found.precision_recall == pytest.approx((1 + 2 / 3) / 2)

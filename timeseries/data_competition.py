@@ -1,0 +1,292 @@
+"""Data modules of the M competitions: one short window of each of many series."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Generator
+from torch.utils.data import DataLoader, Dataset
+
+from ..core.errors import AdaptError
+from ..core.order import EpochAndPosition
+from .competition import M3_RULES, M4_RULES, Contest, Rules, read_m4, read_tsf
+from .gaps import Missing, filled
+from .metrics import mase, naive_error, smape
+from .series import Values
+from .windows import Window
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over all series; sMAPE in per cent."""
+
+    smape: float
+    mase: float
+
+
+class LastWindows(Dataset[Window]):
+    """The end of every past [L, 1], and what came then [T, 1].
+
+    A past that is shorter than the look-back is filled up in front with its first value.
+    """
+
+    def __init__(self, pasts: Sequence[Values], futures: Sequence[Values], look_back: int) -> None:
+        self.pasts = pasts
+        self.futures = futures
+        self.look_back = look_back
+
+    def __len__(self) -> int:
+        return len(self.pasts)
+
+    def __getitem__(self, position: int) -> Window:
+        past = last(self.pasts[position], self.look_back)
+        return _column(past), _column(self.futures[position])
+
+
+class DrawnWindows(Dataset[Window]):
+    """One window of every series, its place a function of (seed, epoch, series).
+
+    Asked for by (epoch, position). The first forecast row lies within the last `reach` rows, and
+    all T forecast rows are there; pasts are filled up like those of `LastWindows`.
+    """
+
+    def __init__(
+        self, series: Sequence[Values], look_back: int, horizon: int, reach: int, seed: int
+    ) -> None:
+        self.series = series
+        self.look_back = look_back
+        self.horizon = horizon
+        self.reach = reach
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.series)
+
+    def __getitem__(self, key: tuple[int, int]) -> Window:
+        epoch, position = key
+        values = self.series[position]
+        latest = len(values) - self.horizon
+        earliest = min(max(1, len(values) - self.reach), latest)
+        draws = np.random.default_rng((self.seed, epoch, position))
+        cut = int(draws.integers(earliest, latest + 1))
+        past = last(values[:cut], self.look_back)
+        return _column(past), _column(values[cut : cut + self.horizon])
+
+
+class CompetitionData(LightningDataModule, ABC):
+    """Many series, each forecast once from its end; windows are in the data's own units.
+
+    Training draws one window of every series in each epoch, validation takes the last one of a
+    share of the series that training does not see (`val_share`, by `seed`), the test forecasts what
+    came after. `look_back` and `horizon` are the forecaster's, as in `SeriesData`; the usual code
+    for M4 takes a look-back of twice the horizon. A forecaster of more steps than the competition
+    asks for can be tested too: the truths then are shorter than its horizon.
+
+    After `setup`: `contest`, `rules`, `period`. `scores` judges the test's forecasts.
+    """
+
+    scaler = None
+    frequency: str | None = None
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 32,
+        val_share: float = 0.1,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise AdaptError(
+                f"batch_size={batch_size}, num_workers={num_workers}: from 1 and from 0"
+            )
+        if not 0 <= val_share < 1:
+            raise AdaptError(f"val_share={val_share:g} is not allowed: from 0, below 1")
+        self.batch_size = batch_size
+        self.val_share = val_share
+        self.seed = seed
+        self.num_workers = num_workers
+        self.look_back: int | None = None
+        self.horizon: int | None = None
+        self.names: tuple[str, ...] = ("value",)
+        self._read: tuple[Contest, Rules] | None = None
+
+    @abstractmethod
+    def read(self) -> tuple[Contest, Rules]:
+        """The series, and what the competition asks for."""
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._read is None:
+            self._read = self.read()
+
+    @property
+    def contest(self) -> Contest:
+        return self._known()[0]
+
+    @property
+    def rules(self) -> Rules:
+        return self._known()[1]
+
+    @property
+    def period(self) -> int:
+        return self.rules.period
+
+    def _known(self) -> tuple[Contest, Rules]:
+        if self._read is None:
+            raise AdaptError("the series are not read yet: call setup() first")
+        return self._read
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        look_back, horizon = self._shape()
+        series = self._long_enough(self._parts()[0], horizon)
+        reach = int(self.rules.history * horizon)
+        drawn = DrawnWindows(series, look_back, horizon, reach, self.seed)
+        order = EpochAndPosition(len(series), self.seed)
+        return self._loader(drawn, sampler=order, generator=order.generator)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        look_back, horizon = self._shape()
+        series = self._long_enough(self._parts()[1], horizon)
+        if not series:
+            return []
+        pasts, futures = zip(*((s[:-horizon], s[-horizon:]) for s in series), strict=True)
+        return self._loader(LastWindows(pasts, futures, look_back))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        look_back, _ = self._shape()
+        return self._loader(LastWindows(self.contest.pasts, self.contest.futures, look_back))
+
+    def scores(self, forecasts: Values) -> Scores:
+        """Of forecasts [series, steps] in the order of the test; surplus steps do not count."""
+        truth = np.stack(self.contest.futures)
+        if forecasts.ndim != 2 or len(forecasts) != len(truth):
+            raise AdaptError(f"forecasts {list(forecasts.shape)}: there are {len(truth)} series")
+        own = forecasts[:, : truth.shape[1]].astype(np.float64)
+        errors = np.array([naive_error(past, self.period) for past in self.contest.pasts])
+        return Scores(smape(own, truth), mase(own, truth, errors))
+
+    def _shape(self) -> tuple[int, int]:
+        if self.look_back is None or self.horizon is None:
+            raise AdaptError("set data.look_back and data.horizon first")
+        if self.horizon < self.rules.horizon:
+            raise AdaptError(
+                f"horizon={self.horizon}: the competition asks for {self.rules.horizon} steps"
+            )
+        return self.look_back, self.horizon
+
+    def _parts(self) -> tuple[list[int], list[int]]:
+        """Numbers of the series for training and for validation."""
+        number = len(self.contest.pasts)
+        order = torch.randperm(number, generator=Generator().manual_seed(self.seed)).tolist()
+        held = round(self.val_share * number)
+        if held == number:
+            raise AdaptError(f"no series of {number} is left for training: lower val_share")
+        return sorted(order[held:]), sorted(order[:held])
+
+    def _long_enough(self, places: Sequence[int], horizon: int) -> list[Values]:
+        for place in places:
+            if len(self.contest.pasts[place]) <= horizon:
+                raise AdaptError(
+                    f"series {self.contest.names[place]!r} has {len(self.contest.pasts[place])}"
+                    f" rows: to train on horizon={horizon} needs {horizon + 1}"
+                )
+        return [self.contest.pasts[place] for place in places]
+
+    def _loader(self, windows: Dataset[Window], **order: Any) -> DataLoader[Any]:
+        return DataLoader(windows, self.batch_size, num_workers=self.num_workers, **order)
+
+
+class M4(CompetitionData):
+    """One frequency of M4 (Yearly, Quarterly, Monthly, Weekly, Daily, Hourly), see `read_m4`.
+
+    `history` sets how far back training windows are drawn from, in horizons (`Rules.history`).
+    """
+
+    def __init__(
+        self, folder: str, frequency: str, history: float | None = None, **common: Any
+    ) -> None:
+        super().__init__(**common)
+        if frequency not in M4_RULES:
+            raise AdaptError(f"M4 has no frequency {frequency!r}: {', '.join(M4_RULES)}")
+        self.folder = folder
+        self.frequency_ = frequency
+        self.history = history
+
+    def read(self) -> tuple[Contest, Rules]:
+        rules = _with_history(M4_RULES[self.frequency_], self.history)
+        return read_m4(self.folder, self.frequency_), rules
+
+
+class M3(CompetitionData):
+    """M3, M1 or another archive of series in a .tsf file: the last `horizon` values are the test.
+
+    group: Yearly, Quarterly, Monthly or Other, None takes the file's @frequency; missing: what
+    happens to missing values, see `gaps.filled`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        group: str | None = None,
+        history: float | None = None,
+        missing: Missing = "refuse",
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if group is not None and group not in M3_RULES:
+            raise AdaptError(f"M3 has no group {group!r}: {', '.join(M3_RULES)}")
+        self.path = path
+        self.group = group
+        self.history = history
+        self.missing: Missing = missing
+
+    def read(self) -> tuple[Contest, Rules]:
+        archive = read_tsf(self.path)
+        group = self.group or str(archive.frequency).capitalize()
+        if group not in M3_RULES:
+            raise AdaptError(
+                f"{self.path} is of @frequency {group}: say the group, one of {', '.join(M3_RULES)}"
+            )
+        rules = _with_history(M3_RULES[group], self.history)
+        horizon = rules.horizon if archive.horizon is None else archive.horizon
+        if short := [name for name, v in archive.series.items() if len(v) <= horizon]:
+            raise AdaptError(f"{self.path}: series {short[0]!r} has no row before its test")
+        whole = [self._filled(name, values) for name, values in archive.series.items()]
+        return Contest(
+            tuple(archive.series),
+            tuple(values[:-horizon] for values in whole),
+            tuple(values[-horizon:] for values in whole),
+        ), Rules(horizon, rules.period, rules.history)
+
+    def _filled(self, name: str, values: Values) -> Values:
+        whose = f"{self.path}, series {name!r}"
+        return filled(values[:, None], ["value"], self.missing, whose=whose)[:, 0]
+
+
+def last(past: Values, look_back: int) -> Values:
+    """The last rows of a past, its first value repeated in front where it is shorter.
+
+    >>> last(np.array([1.0, 2.0, 3.0]), 2).tolist(), last(np.array([1.0, 2.0]), 4).tolist()
+    ([2.0, 3.0], [1.0, 1.0, 1.0, 2.0])
+    """
+    own = past[-look_back:]
+    return np.concatenate([np.full(look_back - len(own), own[0]), own])
+
+
+def _column(values: Values) -> torch.Tensor:
+    return torch.from_numpy(values[:, None]).float()
+
+
+def _with_history(rules: Rules, history: float | None) -> Rules:
+    if history is None:
+        return rules
+    if history < 1:
+        raise AdaptError(f"history={history:g} is not allowed: from 1, in horizons")
+    return Rules(rules.horizon, rules.period, history)
