@@ -51,11 +51,12 @@ class Backbone(ABC):
             raise AdaptError(f"{data!r} names no backbone; there are {', '.join(kinds)}")
         settings = {str(key): value for key, value in data.items() if key != "backbone"}
         kind = kinds[data["backbone"]]
-        _check(kind, settings)
+        check_settings(kind, settings)
         return kind(**settings)
 
 
-def _check(kind: type[Backbone], settings: Mapping[str, Any]) -> None:
+def check_settings(kind: type[Any], settings: Mapping[str, Any]) -> None:
+    """Refuse a setting that the dataclass lacks, needs, or has of another type, by name."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     needed = {name for name, f in fields.items() if _has_no_default(f)}
     if odd := sorted((settings.keys() - fields) | (needed - settings.keys())):
