@@ -19,6 +19,9 @@ FOR_QUICKSTART := $(VENV)/.vision-$(KEY)
 FOR_DOCS := $(VENV)/.docs-$(KEY)
 FOR_TESTS := $(VENV)/.$(TEST_GROUPS)-$(KEY)
 
+# Two processes of 2.5 GB share the tests.
+SIDE_BY_SIDE := -n 2
+
 .PHONY: quickstart docs test check lint format
 
 quickstart: $(FOR_QUICKSTART)
@@ -29,10 +32,10 @@ docs: $(FOR_DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
 
 check: lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow"
 
 lint: $(FOR_TESTS) .link/polyadapt
 	$(BIN)/ruff format --check .

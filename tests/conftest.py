@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The order of a sum depends on the number of threads, so tests that compare bits fix it. Two is
 # the smallest number that runs the parallel code paths. Processes that a test starts inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Threads that spin while they wait would take the cores from the other test process.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # No test may depend on a network or a display.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
