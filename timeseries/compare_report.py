@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -43,10 +43,8 @@ def _of_horizon(records: Sequence[Record], horizon: int, published: bool) -> str
     rows = [_HEAD, ("---",) * len(_HEAD)]
     rows += [_row([r for r in mine if r.method == name]) for name in _methods(mine)]
     if published:
-        for name, by_horizon in PEERS.get(mine[0].data, {}).items():
-            if horizon in by_horizon:
-                mse, mae = by_horizon[horizon]
-                rows.append((f"*{name}, published*", f"{mse:.3f}", f"{mae:.3f}", *"----"))
+        for name, (mse, mae) in _peers(mine).items():
+            rows.append((f"*{name}, published*", f"{mse:.3f}", f"{mae:.3f}", *"----"))
     title = f"### {horizon} steps ahead, {mine[0].windows:,} test windows\n"
     return "\n".join([title, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -78,36 +76,48 @@ def _horizons(records: Sequence[Record]) -> list[int]:
 
 
 def picture(records: Sequence[Record], published: bool = False) -> bytes:
-    """A PNG: a panel per horizon, a line per method, a dot per seed; the mean as a bar."""
+    """A PNG: a panel per horizon, a line per method, a dot per seed; the mean as a bar.
+
+    A panel is as wide as the methods that learn need; what lies beyond is written at its edge.
+    """
     horizons, names = _horizons(records), _methods(records)
     size = (1.6 + 4.6 * len(horizons), 1.6 + 0.34 * (len(names) + 5 * published))
     figure = Figure(figsize=size, dpi=120, layout="constrained")
-    for axis, horizon in zip(
-        figure.subplots(1, len(horizons), squeeze=False).flat, horizons, strict=True
-    ):
-        _draw(axis, [r for r in records if r.horizon == horizon], names)
+    axes = figure.subplots(1, len(horizons), squeeze=False).flat
+    for axis, horizon in zip(axes, horizons, strict=True):
+        mine = [record for record in records if record.horizon == horizon]
+        rows = {name: [r.mse for r in mine if r.method == name] for name in names}
+        learned = [r.mse for r in mine if r.lr]
         if published:
-            _draw_published(axis, records[0].data, horizon, len(names))
+            known = {f"{name} (published)": [mse] for name, (mse, _) in _peers(mine).items()}
+            rows |= known
+            learned += [mse for (mse,) in known.values()]
+        _draw(axis, rows, learned or [r.mse for r in mine])
         axis.set(title=f"{horizon} steps ahead", xlabel="test MSE (scaled)")
-        axis.invert_yaxis()
-        axis.grid(alpha=0.3)
     figure.suptitle(f"{records[0].data}, look-back {records[0].look_back}")
     return png(figure)
 
 
-def _draw(axis: Axes, records: Sequence[Record], names: Sequence[str]) -> None:
-    for place, name in enumerate(names):
-        values = [record.mse for record in records if record.method == name]
-        axis.plot(values, [place] * len(values), "o", markersize=5, alpha=0.6)
-        if values:
+def _draw(axis: Axes, rows: Mapping[str, Sequence[float]], within: Sequence[float]) -> None:
+    margin = 0.05 * max(within) if len(set(within)) == 1 else 0.1 * (max(within) - min(within))
+    high = max(within) + margin
+    for place, (name, values) in enumerate(rows.items()):
+        style = "D" if name.endswith("(published)") else "o"
+        axis.plot(values, [place] * len(values), style, markersize=5, alpha=0.6)
+        if values and statistics.mean(values) > high:
+            axis.text(
+                high, place, f"{statistics.mean(values):.3f} \u2192 ", ha="right", va="center"
+            )
+        elif len(values) > 1:
             axis.plot(statistics.mean(values), place, "k|", markersize=14)
-    axis.set_yticks(range(len(names)), names)
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_xlim(min(within) - margin, high)
+    axis.invert_yaxis()
+    axis.grid(alpha=0.3)
 
 
-def _draw_published(axis: Axes, data: str, horizon: int, below: int) -> None:
-    rows = [(n, by[horizon]) for n, by in PEERS.get(data, {}).items() if horizon in by]
-    for place, (_, (mse, _mae)) in enumerate(rows, start=below):
-        axis.plot(mse, place, "D", color="none", markeredgecolor="grey")
-    labels = [label.get_text() for label in axis.get_yticklabels()]
-    shown = [*labels, *(f"{name} (published)" for name, _ in rows)]
-    axis.set_yticks(range(len(shown)), shown)
+def _peers(mine: Sequence[Record]) -> dict[str, tuple[float, float]]:
+    """The published (MSE, MAE) by model, for the data and horizon of these records."""
+    first = mine[0]
+    known = PEERS.get(first.data, {}).items()
+    return {name: row[first.horizon] for name, row in known if first.horizon in row}

@@ -143,7 +143,7 @@ class Run:
         shared, method = self.shared, self.method
         data = shared.windows(self.horizon, self.seed)
         with seeded(self.seed):  # dropout draws from torch's global generator
-            candidate = method.build(self._given(data.period))
+            candidate = method.build(self.given(data.period))
             fitted = None
             if method.learns:
                 fitted = fit(candidate, data, shared.protocol, method.lr)
@@ -170,7 +170,8 @@ class Run:
             **_told(fitted),
         )
 
-    def _given(self, period: int) -> Given:
+    def given(self, period: int) -> Given:
+        """What the method is built from, for data with so many rows a season."""
         shared = self.shared
         return Given(
             look_back=shared.look_back,

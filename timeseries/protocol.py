@@ -29,8 +29,8 @@ class Protocol:
     Adam without weight decay on the mean squared error; the rate falls along a cosine to 0 over all
     steps of `epochs`. After each epoch the error on the development windows (every `every`-th of
     each channel); the epoch where it is least is kept, and `patience` epochs without a better one
-    end the training. `windows_per_epoch`: train on so many windows, drawn once by the seed, instead
-    of all.
+    end the training. Dropout acts in training only. `windows_per_epoch`: train on so many windows,
+    drawn once by the seed, instead of all.
     """
 
     epochs: int = 10
