@@ -66,8 +66,8 @@ def test_the_rules_of_m4_and_m3_are_the_published_ones() -> None:
 
 
 def test_m4_is_read_as_its_organisers_wrote_it(tmp_path: Path) -> None:
-    past, future = {"Y1": [1.5, 2, 3], "Y2": [4]}, {"Y2": [9] * 6, "Y1": [8] * 6}
-    contest = read_m4(save_m4(tmp_path, past, future), "Yearly")
+    future = {"Y2": [9] * 6, "Y1": [8] * 6}
+    contest = read_m4(save_m4(tmp_path, {"Y1": [1.5, 2, 3], "Y2": [4]}, future), "Yearly")
     assert contest.names == ("Y1", "Y2")
     assert [values.tolist() for values in contest.pasts] == [[1.5, 2, 3], [4]]
     assert [values[0] for values in contest.futures] == [8, 9]
