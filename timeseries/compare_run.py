@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.adapters.lora import LoRA
@@ -144,6 +145,7 @@ class Run:
         data = shared.windows(self.horizon, self.seed)
         with seeded(self.seed):  # dropout draws from torch's global generator
             candidate = method.build(self.given(data.period))
+            candidate.model.to("cuda" if torch.cuda.is_available() else "cpu")
             fitted = None
             if method.learns:
                 fitted = fit(candidate, data, shared.protocol, method.lr)

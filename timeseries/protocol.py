@@ -121,9 +121,9 @@ def fit(candidate: Candidate, data: SeriesData, how: Protocol, lr: float) -> Fit
             loader.sampler.set_epoch(epoch)
         epoch += 1
         candidate.model.train()
-        for batch in loader:
+        for past, future in _where(candidate.model, loader):
             steps += 1
-            _step(candidate, batch, optimizer, steps, how.epochs * len(loader))
+            _step(candidate, past, future, optimizer, steps, how.epochs * len(loader))
             schedule.step()
         found = measure(candidate.model, data.val_dataloader())
         if best is None or found.mse < best[0].mse:
@@ -142,7 +142,7 @@ def measure(model: nn.Module, batches: Batches) -> Errors:
     squared, absolute, numbers, items = 0.0, 0.0, 0, 0
     model.eval()
     with torch.no_grad():
-        for past, future in batches:
+        for past, future in _where(model, batches):
             difference = (model(past) - future).double()
             squared += float(difference.square().sum())
             absolute += float(difference.abs().sum())
@@ -153,10 +153,15 @@ def measure(model: nn.Module, batches: Batches) -> Errors:
     return Errors(squared / numbers, absolute / numbers, items)
 
 
+def _where(model: nn.Module, batches: Batches) -> Batches:
+    """The batches on the device of the model."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return ((past.to(device), future.to(device)) for past, future in batches)
+
+
 def _step(
-    candidate: Candidate, batch: tuple[Tensor, Tensor], optimizer: Adam, step: int, total: int
+    candidate: Candidate, past: Tensor, future: Tensor, optimizer: Adam, step: int, total: int
 ) -> None:
-    past, future = batch
     loss = (candidate.model(past) - future).square().mean()
     if candidate.adapters is not None:
         loss = loss + candidate.adapters.penalty()
