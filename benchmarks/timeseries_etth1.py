@@ -136,6 +136,7 @@ def verdict(differences: Sequence[float]) -> str:
     word = "no difference"
     if abs(mean) >= NOISE and same_sign:
         word = "the language weights help" if mean < 0 else "the language weights hurt"
+        word += " (one seed)" if len(differences) == 1 else ""
     return f"{mean:+.4f} ({', '.join(f'{d:+.4f}' for d in differences)}): {word}"
 
 

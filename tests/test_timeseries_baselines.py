@@ -9,6 +9,7 @@ import torch
 
 from polyadapt.core import LoRA
 from polyadapt.core.errors import AdaptError
+from polyadapt.timeseries.adapters import code
 from polyadapt.timeseries.backbones import GPT2, NoLanguageModel
 from polyadapt.timeseries.baselines import DLinear, LastValue, PatchTST, SeasonalNaive
 from polyadapt.timeseries.methods import METHODS, Forecaster, Given, method_called, nearest_rank
@@ -135,6 +136,17 @@ def test_gpt4ts_trains_the_published_number(look_back: int, horizon: int, parame
     gpt2 = GPT2(pretrained=False, options={"vocab_size": 1})
     with torch.device("meta"):
         assert count("gpt4ts", look_back=look_back, horizon=horizon, backbone=gpt2) == parameters
+
+
+@pytest.mark.parametrize(("horizon", "parameters"), [(96, 546_304), (720, 556_288)])
+def test_one_for_all_trains_the_published_number(horizon: int, parameters: int) -> None:
+    gpt2 = GPT2(pretrained=False, options={"vocab_size": 1})
+    with torch.device("meta"):
+        settings = given(look_back=336, horizon=horizon, backbone=gpt2, adapter=code().recipe)
+        candidate = METHODS["one-for-all"].build(settings)
+    assert sum(p.numel() for p in candidate.trained()) == parameters
+    dense = candidate.left_out()[:4]
+    assert sum(t.numel() for t in dense) == 13_056 + horizon * (42 * 768 + 1)
 
 
 def test_gpt4ts_trains_norms_positions_and_the_dense_layers_only() -> None:

@@ -129,6 +129,14 @@ def test_a_seed_says_all_of_a_run_and_another_seed_is_another_run() -> None:
     assert again["train_windows"] == 100
 
 
+def test_few_training_rows_are_the_earliest_and_the_test_stays_whole() -> None:
+    compare("--methods", "dlinear", "--few", "0.2")
+    (row,) = outcomes()
+    kept = (280 - 32) // 5  # of the rows that training could forecast
+    assert row["train_windows"] == str(2 * (kept - 4 + 1))
+    assert row["windows"] == "154"
+
+
 def test_a_record_of_other_settings_is_refused_only_where_they_matter() -> None:
     compare("--methods", "last-value,dlinear")
     compare("--methods", "last-value,dlinear", "--rank", "3")  # of adapters that they do not have

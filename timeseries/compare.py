@@ -112,6 +112,7 @@ def shared_of(asked: argparse.Namespace) -> Comparison:
             batch_size=asked.batch_size,
             windows_per_epoch=asked.windows_per_epoch,
             every=asked.every,
+            few=asked.few,
         ),
     )
 
@@ -169,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=256, metavar="N", help="windows; default: 256")
     add("--windows-per-epoch", type=int, metavar="N", help="drawn once by the seed; default: all")
     add("--every", type=int, default=1, metavar="N", help="develop on every N-th window; default 1")
+    add("--few", type=float, default=1.0, metavar="SHARE", help="of training rows, the earliest")
     add("--published", action="store_true", help="rows of the papers beside ours, marked")
     return parser
 

@@ -30,7 +30,7 @@ class Protocol:
     steps of `epochs`. After each epoch the error on the development windows (every `every`-th of
     each channel); the epoch where it is least is kept, and `patience` epochs without a better one
     end the training. Dropout acts in training only. `windows_per_epoch`: train on so many windows,
-    drawn once by the seed, instead of all.
+    drawn once by the seed, instead of all; `few`: keep only the earliest share of training rows.
     """
 
     epochs: int = 10
@@ -38,6 +38,7 @@ class Protocol:
     batch_size: int = 256
     windows_per_epoch: int | None = None
     every: int = 1
+    few: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "patience"):
@@ -50,6 +51,7 @@ class Protocol:
             "batch_size": self.batch_size,
             "windows_per_epoch": self.windows_per_epoch,
             "every": self.every,
+            "few": self.few,
             "seed": seed,
         }
 
