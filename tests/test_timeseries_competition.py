@@ -17,6 +17,7 @@ from polyadapt.timeseries.competition import (
     M4_RULES,
     Archive,
     is_whole_m4,
+    read_forecasts,
     read_m4,
     read_tsf,
 )
@@ -145,12 +146,34 @@ def test_scores_are_means_over_series(tmp_path: Path) -> None:
     data = M4(save_m4(tmp_path, past, future), "Yearly")
     data.setup()
     last_value = np.repeat([[7.0], [5.0]], 6, axis=1)
-    expected = Scores(smape=(200 * 2 / 16 + 0) / 2, mase=2 / 2)  # Y2 never moved: no MASE
-    assert data.scores(last_value) == expected
+    expected = Scores(smape=(200 * 2 / 16 + 0) / 2, mase=2 / 2, owa=1.0)  # Y2 never moved: no MASE
+    assert data.scores(last_value) == expected  # for a season of one row, this is Naive2
     longer = np.concatenate([last_value, np.full((2, 3), 1e6)], axis=1)
     assert data.scores(longer) == expected
+    twice = np.repeat([[5.0], [5.0]], 6, axis=1)  # 4 off where Naive2 is 2 off
+    assert data.scores(twice).owa == pytest.approx((200 * 4 / 14 / 25 + 2) / 2)
+    assert data.scores(twice, naive2_forecasts=twice).owa == 1
     with pytest.raises(AdaptError, match=r"forecasts \[1, 6\]: there are 2 series"):
         data.scores(last_value[:1])
+    with pytest.raises(AdaptError, match="forecasts of 5 steps: the competition asks for 6"):
+        data.scores(last_value[:, :5])
+
+
+def test_a_submission_is_read_in_the_order_of_the_series(tmp_path: Path) -> None:
+    future = {"Y1": [1] * 6, "Y2": [2] * 6}
+    contest = read_m4(save_m4(tmp_path, {"Y1": [1], "Y2": [2]}, future), "Yearly")
+    path = tmp_path / "submission-Naive2.csv"
+    path.write_text("id,F1,F2\nY2,5,6\nY1,3,4\n")
+    assert read_forecasts(path, contest).tolist() == [[3, 4], [5, 6]]
+    for text, said in (
+        ("id,F1\nY2,5\n", "has no series 'Y1'"),
+        ("id,F1,F2\nY2,5,6\nY1,3,\n", "forecasts have 1 to 2 steps"),
+    ):
+        path.write_text(text)
+        with pytest.raises(AdaptError, match=said):
+            read_forecasts(path, contest)
+    with pytest.raises(AdaptError, match="there is no file"):
+        read_forecasts(tmp_path / "none.csv", contest)
 
 
 def test_a_monash_file_is_read(tmp_path: Path) -> None:

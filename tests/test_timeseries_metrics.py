@@ -85,6 +85,8 @@ def test_a_series_with_a_constant_past_is_left_out_of_mase() -> None:
 def test_naive2_has_an_owa_of_one() -> None:
     assert owa(13.564, 1.912, 13.564, 1.912) == 1
     assert owa(12.0, 1.5, 10.0, 1.0) == pytest.approx((1.2 + 1.5) / 2)
+    assert math.isnan(owa(12.0, 1.5, 0.0, 1.0))
+    assert math.isnan(owa(12.0, 1.5, 10.0, math.nan))
 
 
 def test_m4_is_averaged_by_its_numbers_of_series() -> None:

@@ -76,6 +76,23 @@ def read_m4(folder: str | Path, frequency: str) -> Contest:
     return Contest(tuple(pasts), tuple(pasts.values()), tuple(futures[name] for name in pasts))
 
 
+def read_forecasts(path: str | Path, contest: Contest) -> Values:
+    """Forecasts [series, steps] of a submission to M4, such as `submission-Naive2.csv`.
+
+    A file like the competition's own: a header, then a line per series, in any order.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AdaptError(f"there is no file {path}")
+    found = dict(_rows(path))
+    if lost := [name for name in contest.names if name not in found]:
+        raise AdaptError(f"{path} has no series {lost[0]!r}")
+    lengths = {len(found[name]) for name in contest.names}
+    if len(lengths) > 1:
+        raise AdaptError(f"{path}: forecasts have {min(lengths)} to {max(lengths)} steps")
+    return np.stack([found[name] for name in contest.names])
+
+
 def is_whole_m4(contest: Contest, frequency: str) -> bool:
     """Whether all series of the frequency are there, so that a score is the published kind."""
     return len(contest.names) == M4_COUNTS[frequency]

@@ -16,67 +16,21 @@ from torch.utils.data import DataLoader, Dataset
 from ..core.errors import AdaptError
 from ..core.order import EpochAndPosition
 from .competition import M3_RULES, M4_RULES, Contest, Rules, read_m4, read_tsf
+from .competition_windows import DrawnWindows, LastWindows
 from .gaps import Missing, filled
-from .metrics import mase, naive_error, smape
+from .metrics import mase, naive_error, owa, smape
+from .naive2 import naive2
 from .series import Values
 from .windows import Window
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over all series; sMAPE in per cent."""
+    """Means over all series; sMAPE in per cent, OWA 1 for Naive2."""
 
     smape: float
     mase: float
-
-
-class LastWindows(Dataset[Window]):
-    """The end of every past [L, 1], and what came then [T, 1].
-
-    A past that is shorter than the look-back is filled up in front with its first value.
-    """
-
-    def __init__(self, pasts: Sequence[Values], futures: Sequence[Values], look_back: int) -> None:
-        self.pasts = pasts
-        self.futures = futures
-        self.look_back = look_back
-
-    def __len__(self) -> int:
-        return len(self.pasts)
-
-    def __getitem__(self, position: int) -> Window:
-        past = last(self.pasts[position], self.look_back)
-        return _column(past), _column(self.futures[position])
-
-
-class DrawnWindows(Dataset[Window]):
-    """One window of every series, its place a function of (seed, epoch, series).
-
-    Asked for by (epoch, position). The first forecast row lies within the last `reach` rows, and
-    all T forecast rows are there; pasts are filled up like those of `LastWindows`.
-    """
-
-    def __init__(
-        self, series: Sequence[Values], look_back: int, horizon: int, reach: int, seed: int
-    ) -> None:
-        self.series = series
-        self.look_back = look_back
-        self.horizon = horizon
-        self.reach = reach
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.series)
-
-    def __getitem__(self, key: tuple[int, int]) -> Window:
-        epoch, position = key
-        values = self.series[position]
-        latest = len(values) - self.horizon
-        earliest = min(max(1, len(values) - self.reach), latest)
-        draws = np.random.default_rng((self.seed, epoch, position))
-        cut = int(draws.integers(earliest, latest + 1))
-        past = last(values[:cut], self.look_back)
-        return _column(past), _column(values[cut : cut + self.horizon])
+    owa: float
 
 
 class CompetitionData(LightningDataModule, ABC):
@@ -163,14 +117,31 @@ class CompetitionData(LightningDataModule, ABC):
         look_back, _ = self._shape()
         return self._loader(LastWindows(self.contest.pasts, self.contest.futures, look_back))
 
-    def scores(self, forecasts: Values) -> Scores:
-        """Of forecasts [series, steps] in the order of the test; surplus steps do not count."""
+    def scores(self, forecasts: Values, naive2_forecasts: Values | None = None) -> Scores:
+        """Of forecasts [series, steps] in the order of the test; surplus steps do not count.
+
+        OWA is relative to our `naive2`, or to the forecasts given, see `read_forecasts`.
+        """
+        if naive2_forecasts is None:
+            steps = self.rules.horizon
+            ours = [naive2(past, self.period, steps) for past in self.contest.pasts]
+            naive2_forecasts = np.stack(ours)
+        own, reference = self._errors(forecasts), self._errors(naive2_forecasts)
+        return Scores(*own, owa(*own, *reference))
+
+    def _errors(self, forecasts: Values) -> tuple[float, float]:
+        """sMAPE and MASE."""
         truth = np.stack(self.contest.futures)
         if forecasts.ndim != 2 or len(forecasts) != len(truth):
             raise AdaptError(f"forecasts {list(forecasts.shape)}: there are {len(truth)} series")
+        if forecasts.shape[1] < truth.shape[1]:
+            raise AdaptError(
+                f"forecasts of {forecasts.shape[1]} steps: the competition asks for"
+                f" {truth.shape[1]}"
+            )
         own = forecasts[:, : truth.shape[1]].astype(np.float64)
         errors = np.array([naive_error(past, self.period) for past in self.contest.pasts])
-        return Scores(smape(own, truth), mase(own, truth, errors))
+        return smape(own, truth), mase(own, truth, errors)
 
     def _shape(self) -> tuple[int, int]:
         if self.look_back is None or self.horizon is None:
@@ -268,20 +239,6 @@ class M3(CompetitionData):
     def _filled(self, name: str, values: Values) -> Values:
         whose = f"{self.path}, series {name!r}"
         return filled(values[:, None], ["value"], self.missing, whose=whose)[:, 0]
-
-
-def last(past: Values, look_back: int) -> Values:
-    """The last rows of a past, its first value repeated in front where it is shorter.
-
-    >>> last(np.array([1.0, 2.0, 3.0]), 2).tolist(), last(np.array([1.0, 2.0]), 4).tolist()
-    ([2.0, 3.0], [1.0, 1.0, 1.0, 2.0])
-    """
-    own = past[-look_back:]
-    return np.concatenate([np.full(look_back - len(own), own[0]), own])
-
-
-def _column(values: Values) -> torch.Tensor:
-    return torch.from_numpy(values[:, None]).float()
 
 
 def _with_history(rules: Rules, history: float | None) -> Rules:

@@ -75,9 +75,13 @@ def mase(forecast: Values, truth: Values, naive_errors: Values) -> float:
 def owa(smape: float, mase: float, smape_naive2: float, mase_naive2: float) -> float:
     """Overall weighted average of M4: (sMAPE / Naive2's + MASE / Naive2's) / 2; Naive2 has 1.
 
+    NaN where Naive2 makes no error at all or has no MASE.
+
     >>> owa(smape=6.0, mase=1.0, smape_naive2=12.0, mase_naive2=2.0)
     0.5
     """
+    if not (smape_naive2 > 0 and mase_naive2 > 0):
+        return float("nan")
     return (smape / smape_naive2 + mase / mase_naive2) / 2
 
 
