@@ -1,0 +1,231 @@
+"""`polyadapt timeseries export`: the merged model as one file for torch.export or ONNX."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.cli import OneLineParser
+from ..core.container import write_atomically
+from ..core.errors import AdaptError
+from ..core.sets import AdapterSet
+from .aims import Classify, Forecast, Impute, Reconstruct
+from .description import Description, describe, load_set
+from .edge import measure, opener
+from .network import Network
+
+if TYPE_CHECKING:
+    pass
+
+TOLERANCE = 1e-5
+_MOST = 1 << 16  # windows in a batch of the exported model
+
+
+class Deployed(nn.Module):
+    """What is exported: rows [b, L, C] in the units of the table -> answers in them.
+
+    ============  =========================================================================
+    Forecast      [b, T, C], with quantiles [b, T, C, Q]
+    Impute        [b, L, C]: the rows, with what was NaN filled
+    Reconstruct   [b, L]: how anomalous each row is, in units of the standard deviation
+    Classify      [b, n]: the probability of each class
+    ============  =========================================================================
+
+    Scaling is part of it, as the description has it; b is any, C fixed.
+
+    >>> from .backbones import NoLanguageModel
+    >>> from .description import Description
+    >>> from .patches import Patches
+    >>> small = NoLanguageModel(width=8), 48, Patches(), Forecast(horizon=24)
+    >>> about = Description(*small, seed=0, kept="seed", sha256="", names=("load", "OT"))
+    >>> Deployed(about, about.network())(torch.zeros(3, 48, 2)).shape
+    torch.Size([3, 24, 2])
+    """
+
+    def __init__(self, about: Description, network: Network) -> None:
+        super().__init__()
+        self.network = network
+        self.aim = about.aim
+        self.window = about.look_back, channels_of(about)
+        scaler, plain = about.scaler, (0.0,) * self.window[1]
+        mean, std = (plain, [1.0] * len(plain)) if scaler is None else (scaler.mean, scaler.std)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[b, L, C] -> see the class."""
+        scaled = (rows - self.mean) / self.std
+        if isinstance(self.aim, Impute):
+            known = ~rows.isnan()
+            there = torch.where(known, scaled, 0)
+            return torch.where(known, rows, self._own(self.aim.answer(self.network, there, known)))
+        answer = self.aim.answer(self.network, scaled)
+        if isinstance(self.aim, Classify):
+            return answer.softmax(-1)
+        if isinstance(self.aim, Reconstruct):
+            return self.aim.scores(answer, scaled)
+        return self._own(answer)
+
+    def _own(self, answer: Tensor) -> Tensor:
+        """[b, rows, C] or [b, rows, C, Q] in the table's units."""
+        shape = (-1,) + (1,) * (answer.ndim - 3)
+        return answer * self.std.view(shape) + self.mean.view(shape)
+
+    def examples(self, number: int, seed: int) -> Tensor:
+        """Windows of noise on the scale of the table, for Impute with gaps; `seed` draws them."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(number, *self.window, generator=generator) * self.std + self.mean
+        if isinstance(self.aim, Impute):
+            rows[torch.rand(rows.shape, generator=generator) < self.aim.share] = torch.nan
+        return rows
+
+
+def channels_of(about: Description) -> int:
+    """C: as many as the model was trained on; 1 where it takes any number, one at a time."""
+    if about.names is not None:
+        return len(about.names)
+    return about.aim.width if about.scaler is None else len(about.scaler.mean)
+
+
+def fold(adapters: AdapterSet, network: Network) -> None:
+    """Merge a set for good: the network's own weights hold it, and the set is gone."""
+    adapters.merge()
+    merged = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    adapters.detach()
+    network.load_state_dict({name: merged[name] for name in network.state_dict()})
+    network.requires_grad_(False)
+
+
+def exported(file: str | Path, kind: str) -> tuple[bytes, float]:
+    """(the merged model of an adapter file as .pt2 or .onnx, how far it is from the unmerged one).
+
+    The bytes are read back and asked for other windows, in a batch of another size, than they were
+    made with; the distance is a share of |value| + standard deviation of its column. Raises
+    `StoreError` for a file that holds no time series model, and `AdaptError` above 1e-5.
+    """
+    about = describe(file)
+    network = about.network().eval()
+    adapters = load_set(network, file)
+    model = Deployed(about, network).eval()
+    asked = model.examples(3, seed=1)
+    with torch.no_grad():
+        wanted = model(asked)
+        fold(adapters, network)
+        content = WRITERS[kind](model, model.examples(2, seed=0), _said(about))
+    found = torch.from_numpy(opener(kind)(content)(asked.numpy()))
+    far = _distance(found, wanted, model)
+    if not far <= TOLERANCE:  # also if it is no number
+        raise AdaptError(
+            f"{file} is not exported: as {kind} it is {far:.2g} from the set's own answers,"
+            f" {TOLERANCE:g} is allowed"
+        )
+    return content, far
+
+
+def _distance(found: Tensor, wanted: Tensor, model: Deployed) -> float:
+    scale = torch.ones(())
+    if isinstance(model.aim, Forecast | Impute):
+        scale = model.std.view((-1,) + (1,) * (wanted.ndim - 3))
+    return float(((found - wanted).abs() / (wanted.abs() + scale)).max())
+
+
+def _program(model: nn.Module, rows: Tensor, said: str) -> bytes:
+    """For `torch.export.load`, which needs torch and nothing of ours."""
+    made = torch.export.export(model, (rows,), dynamic_shapes=_any_batch())
+    file = io.BytesIO()
+    torch.export.save(made, file, extra_files={"polyadapt.json": said})
+    return file.getvalue()
+
+
+def _onnx(model: nn.Module, rows: Tensor, said: str) -> bytes:
+    """For any ONNX runtime: input `rows`, output `answer`."""
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401  # what is written is tried
+        import onnxscript  # noqa: F401  # torch's exporter needs it
+    except ModuleNotFoundError as error:
+        raise AdaptError(
+            f"ONNX needs the package {error.name!r}: pip install 'polyadapt[export]'"
+        ) from error
+    with _quiet():
+        made = torch.onnx.export(
+            model,
+            (rows,),
+            dynamo=True,
+            dynamic_shapes=_any_batch(),
+            input_names=["rows"],
+            output_names=["answer"],
+            verbose=False,
+        )
+    assert made is not None, "the exporter of programs returns one"
+    proto = made.model_proto
+    onnx.helper.set_model_props(proto, {"polyadapt": said})
+    content: bytes = proto.SerializeToString()
+    return content
+
+
+WRITERS: dict[str, Callable[[nn.Module, Tensor, str], bytes]] = {".pt2": _program, ".onnx": _onnx}
+
+
+def _any_batch() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch", min=1, max=_MOST)},)
+
+
+def _said(about: Description) -> str:
+    """What who runs the model has to know, as JSON."""
+    return json.dumps(
+        {key: about.to_json()[key] for key in ("look_back", "aim", "names", "frequency")}
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notes on constants that it could not fold."""
+    log = logging.getLogger("onnxscript")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def main(argv: list[str]) -> int:
+    """Write the file, then print its size, its speed on one core and its memory."""
+    asked = _parser().parse_args(argv)
+    kind = asked.out.suffix
+    if kind not in WRITERS:
+        raise AdaptError(f"--out {asked.out} is not allowed: a name that ends with .pt2 or .onnx")
+    about = describe(asked.set)
+    content, far = exported(asked.set, kind)
+    write_atomically(asked.out, content)
+    print(f"{asked.out}: {len(content):,} bytes; the set {asked.set.stat().st_size:,}")
+    print(f"differs from the unmerged model by {far:.1e} at most, {TOLERANCE:g} is allowed")
+    window = about.look_back, channels_of(about)
+    print(f"one window of {window[0]} rows and {window[1]} columns: {measure(asked.out, window)}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="polyadapt timeseries export",
+        description="Write the merged model of an adapter file, checked against the unmerged one,"
+        " and print size, latency on one core and memory of a process that only runs it.",
+        epilog="It takes rows [batch, look-back, columns] in the table's units. ONNX needs"
+        " pip install 'polyadapt[export]'.",
+    )
+    parser.add_argument("--set", type=Path, required=True, metavar="FILE", help="the adapter file")
+    form = "model.pt2 for torch.export.load, model.onnx for an ONNX runtime"
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=form)
+    return parser
