@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 
 from .errors import AdaptError
 
@@ -21,6 +22,7 @@ _STUMBLES = (
     LookupError,
     OSError,
     RuntimeError,
+    SafetensorError,
     TypeError,
     UnpicklingError,
     ValueError,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,7 @@ class Domain:
     data          the base of its data modules, chosen by class_path
     backbone      the base of its backbones' settings
     subclasses    bases of all settings, beside recipes, that are chosen by class_path
+    chosen        further keys of a configuration that name a class -> base of those that may be
     backbone_of   reads from an adapter file what it was made on
     measured      makes the callback that writes what a test found into a folder
     test_files    the files that it writes there
@@ -60,6 +62,7 @@ class Domain:
     measured: Callable[[Path], Callback] = lambda _: Callback()
     test_files: Sequence[str] = ()
     next_words: str
+    chosen: Mapping[str, type] = field(default_factory=dict)
     called: Mapping[Verb, str] = field(default_factory=lambda: {verb: verb for verb in _ABOUT})
     check: Callable[[Any, Any, Trainer], None] = lambda *_: None
 
@@ -69,9 +72,18 @@ class Domain:
 
     def class_names(self) -> dict[str, list[str]]:
         """Key of a configuration -> the short names of the classes that it may have."""
-        data = [kind.__name__ for kind in self.data.__subclasses__()]
-        methods = list(recipes())
-        return {"model.adapter": methods, "model.backbone": [*self.backbone.kinds()], "data": data}
+        own = {"model.adapter": list(recipes()), "model.backbone": [*self.backbone.kinds()]}
+        bases = {"data": self.data, **self.chosen}
+        return own | {key: [*dict.fromkeys(_concrete(base))] for key, base in bases.items()}
+
+
+def _concrete(base: type) -> Iterator[str]:
+    """The names of all classes below `base` that can be made."""
+    kinds: list[type] = base.__subclasses__()
+    for kind in kinds:
+        if not inspect.isabstract(kind):
+            yield kind.__name__
+        yield from _concrete(kind)
 
 
 class DomainCLI(LightningCLI):
