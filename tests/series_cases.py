@@ -18,7 +18,7 @@ from polyadapt.timeseries.backbones import GPT2, Backbone
 from polyadapt.timeseries.scaling import Scaler
 from polyadapt.timeseries.task import SeriesTask
 
-SIZES = {"n_embd": 16, "n_head": 2, "n_positions": 64, "vocab_size": 1}
+SIZES: dict[str, Any] = {"n_embd": 16, "n_head": 2, "n_positions": 64, "vocab_size": 1}
 TINY = GPT2(pretrained=False, blocks=1, options=SIZES)
 
 
