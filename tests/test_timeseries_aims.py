@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from polyadapt.core.errors import AdaptError
-from polyadapt.tests.series_cases import Waves, stir, tiny_task, trainer
+from polyadapt.tests.series_cases import TINY, Waves, stir, tiny_task, trainer
 from polyadapt.timeseries.adapters import code
 from polyadapt.timeseries.aim import Aim
 from polyadapt.timeseries.aims import Classify, Forecast, Impute, Reconstruct
 from polyadapt.timeseries.backbones import NoLanguageModel
+from polyadapt.timeseries.data_anomaly import AnomalyTable
+from polyadapt.timeseries.data_labelled import UCR
+from polyadapt.timeseries.task import SeriesTask
 
 
 class _Pairs(Waves):
@@ -96,6 +101,44 @@ def test_an_outlier_is_found_by_its_reconstruction_with_and_without_adjustment()
         trainer().test(task, Data(normal), verbose=False)
 
 
+def test_a_labelled_table_is_tested_row_by_row(tmp_path: Path) -> None:
+    wave = np.sin(np.arange(250) / 2)[:, None] + np.array([0.0, 5.0])
+    np.save(tmp_path / "train.npy", wave)
+    spoiled, labels = wave.copy(), np.zeros(250)
+    spoiled[100:104, 1] += 40
+    labels[100:104] = 1
+    np.save(tmp_path / "test.npy", spoiled)
+    np.save(tmp_path / "labels.npy", labels)
+    data = AnomalyTable(*(str(tmp_path / f"{name}.npy") for name in ("train", "test", "labels")))
+    task = tiny_task(Reconstruct(share=0.02))
+    (found,) = trainer().test(task, data, verbose=False)
+    assert data.look_back == 24
+    assert found["test_f1_adjusted"] >= found["test_f1"] > 0
+    assert 0.9 < found["test_area_roc"] <= 1
+    assert found["test_recall"] > 0
+
+
+@pytest.mark.slow
+def test_a_set_of_the_archive_is_learned_with_all_channels_in_a_patch() -> None:
+    data = UCR("BasicMotions", batch_size=8)
+    classes = ("standing", "running", "walking", "badminton")
+    task = SeriesTask(
+        TINY,
+        code(rank=4).recipe,
+        aim=Classify(classes=classes, channels=6),
+        look_back=100,
+        lr=1e-2,
+    )
+    run = trainer(max_epochs=15)
+    run.fit(task, data)
+    (found,) = run.test(task, data, verbose=False)
+    assert found["test_top1"] > 0.6
+    assert task.about.names is not None
+    assert len(task.about.names) == 6
+    with pytest.raises(AdaptError, match="look_back=50: the series of BasicMotions have 100 rows"):
+        trainer().test(tiny_task(task.aim, look_back=50), UCR("BasicMotions"), verbose=False)
+
+
 def test_quantiles_are_sorted_and_their_loss_is_the_pinball_loss() -> None:
     aim = Forecast(horizon=4, loss="quantile", levels=(0.1, 0.5, 0.9))
     task = tiny_task(aim).eval()
@@ -167,7 +210,7 @@ def test_other_aims_that_cannot_be_are_refused() -> None:
     "aim",
     [
         Forecast(horizon=7, loss="quantile", levels=(0.25, 0.5)),
-        Classify(classes=("a", "b"), channels=3, rescale=False),
+        Classify(classes=("a", "b"), channels=3, rescale=True),
         Reconstruct(share=0.02),
         Impute(share=0.4),
     ],

@@ -103,8 +103,9 @@ class Classify(Aim):
     """One of the `classes` for a window of C = `channels` channels, jointly: [b, L, C] -> [b, n].
 
     The loss is the cross entropy; measured are top-1 accuracy, macro F1 and calibration error.
-    `rescale=False` leaves the windows on the data's scale, where their level tells classes apart.
-    A set's rank is at most n at the output layer: LoRA's `ranks` sets it there.
+    Windows stay on the data's scale, where their level may tell classes apart, as in GPT4TS's
+    classifier; `rescale` normalises each by itself, for data that is not scaled. A set's rank is
+    at most n at the output layer: LoRA's `ranks` sets it there.
 
     >>> Classify(classes=("sit", "walk"), channels=3).outputs(look_back=96)
     2
@@ -114,7 +115,7 @@ class Classify(Aim):
     restores: ClassVar[bool] = False
     classes: tuple[str, ...]
     channels: int = 1
-    rescale: bool = True
+    rescale: bool = False
 
     def __post_init__(self) -> None:
         plain = isinstance(self.classes, list | tuple) and len(set(self.classes)) >= 2

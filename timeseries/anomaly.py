@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from .metrics import anomaly_threshold, f1, point_adjusted
+from .metrics import anomaly_threshold, areas, f1, point_adjusted
 
 
 class AnomalyMetric(Metric):
@@ -15,8 +15,16 @@ class AnomalyMetric(Metric):
     `f1`: the threshold is the (1 - share) quantile of the training scores, the steps are counted as
     they are. `f1_adjusted`: a labelled run of which one step is found counts as found whole.
     `f1_joint`, `f1_joint_adjusted`: the quantile is over training and test scores together, which
-    looks at the test; the last is what arXiv 2603.29756 reports, by its code. Batches have to come
-    in the order of time, without overlap.
+    looks at the test; the last is what arXiv 2603.29756 reports, by its code. Beside them stand
+    the areas under the two curves that need no threshold, see `areas`. Batches have to come in the
+    order of time.
+
+    >>> metric = AnomalyMetric(share=0.5)
+    >>> metric.learn(torch.tensor([[0.0, 0.1]]))
+    >>> metric.update(torch.tensor([[0.0, 0.5, 0.0]]), torch.tensor([[0, 1, 1]]))
+    >>> found = metric.compute()
+    >>> [round(float(found[f"test_{name}"]), 2) for name in ("recall", "f1", "f1_adjusted")]
+    [0.5, 0.67, 1.0]
     """
 
     full_state_update = False
@@ -35,9 +43,10 @@ class AnomalyMetric(Metric):
         self.seen.append(scores.flatten())
 
     def update(self, scores: Tensor, labels: Tensor) -> None:
-        """Take scores and labels [b, L] of test windows."""
-        self.scores.append(scores.flatten())
-        self.labels.append(labels.flatten().bool())
+        """Take scores and labels [b, L] of test windows; steps labelled below 0 do not count."""
+        counts = labels >= 0
+        self.scores.append(scores[counts])
+        self.labels.append(labels[counts].bool())
 
     def compute(self) -> dict[str, Tensor]:
         """The readings by name, with precision and recall of the plain one, and thresholds."""
@@ -51,4 +60,7 @@ class AnomalyMetric(Metric):
                 found |= {"precision": plain.precision, "recall": plain.recall}
             found |= {f"f1{name}": plain.f1, f"f1{name}_adjusted": adjusted.f1}
             found[f"threshold{name}"] = threshold
+        if labels.any() and not labels.all():
+            under = areas(scores, labels)
+            found |= {"area_roc": under.roc, "area_precision_recall": under.precision_recall}
         return {f"test_{name}": torch.tensor(value) for name, value in found.items()}

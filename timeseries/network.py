@@ -103,7 +103,8 @@ def digest(layers: dict[str, Tensor]) -> str:
     """SHA-256 of the numbers of `Network.frozen_layers` as little-endian float32."""
     found = hashlib.sha256()
     for tensor in layers.values():
-        found.update(tensor.detach().cpu().contiguous().numpy().astype("<f4").tobytes())
+        numbers = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+        found.update(numbers.astype("<f4").tobytes())
     return found.hexdigest()
 
 
