@@ -178,9 +178,18 @@ def test_a_step_that_is_not_the_times_is_refused(tmp_path: Path, frequency: str,
     assert said in refused(timed(tmp_path, HOURS), time="at", frequency=frequency)
 
 
+def test_a_step_far_too_small_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    stamps = [str(stamp) for stamp in pd.date_range("1700-01-01", periods=300, freq="YS")]
+    path = timed(tmp_path, stamps)
+    said = refused(path, time="at", frequency="s", missing="last")  # 10^10 seconds
+    assert "row 2: 1701-01-01 after 1700-01-01 is not one step of s: say the right" in said
+    assert read_table(path, time="at").frequency == "YS-JAN"
+
+
 def test_a_step_is_checked_without_times_too(tmp_path: Path) -> None:
     path = csv(tmp_path, "x", "1", "2")
-    assert refused(path, frequency="fortnightly").startswith("frequency='fortnightly' is not known")
+    for frequency in ("fortnightly", "", "0h", "-1h", "9999999YS"):
+        assert f"frequency='{frequency}' is not known" in refused(path, frequency=frequency)
 
 
 def test_rows_that_are_missing_are_filled_where_asked(tmp_path: Path) -> None:

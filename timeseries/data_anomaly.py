@@ -22,7 +22,9 @@ from .windows import as_it_is
 
 
 class Stretches(Dataset[tuple[Tensor, ...]]):
-    """Windows of `length` rows from given starts: (x [L, C],), or with labels (x, labels [L]).
+    """Windows of `length` rows from given starts: (x [L, C],), or (x, labels [L], counted [L]).
+
+    With labels [rows] come those of the window, and whether a row is in no window before it.
 
     >>> rows = torch.arange(5.0)[:, None]
     >>> Stretches(rows, [0, 3], length=2).__getitems__([1])[0].flatten().tolist()
@@ -36,6 +38,10 @@ class Stretches(Dataset[tuple[Tensor, ...]]):
         self.starts = torch.as_tensor(starts)
         self.length = length
         self.labels = labels
+        ends = self.starts + length - 1
+        self.seen = torch.cat(
+            [ends.new_full((1,), -1), ends[:-1]]
+        )  # the last row of the one before
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -46,11 +52,11 @@ class Stretches(Dataset[tuple[Tensor, ...]]):
     def __getitems__(self, positions: Sequence[int]) -> tuple[Tensor, ...]:
         """A whole batch at once, for a DataLoader with `as_it_is`: (x [b, L, C], labels [b, L])."""
         places = torch.as_tensor(positions)
-        x = self.values[self.starts[places][:, None] + torch.arange(self.length)]
+        rows = self.starts[places][:, None] + torch.arange(self.length)
+        x = self.values[rows]
         if self.labels is None:
             return (x,)
-        # Labels belong to windows, not to rows: a row of two windows counts in the first only.
-        return x, self.labels[places]
+        return x, self.labels[rows], rows > self.seen[places][:, None]
 
 
 class AnomalyTable(LightningDataModule):
@@ -63,10 +69,11 @@ class AnomalyTable(LightningDataModule):
     measured on the rows before.
 
     `look_back` is the length of a window (100 in the usual code); a task sets it. Training and
-    validation batches are (x [b, L, C],), the test's (x, labels [b, L]): 1 an anomaly, 0 none.
+    validation batches are (x [b, L, C],), the test's (x, labels [b, L], counted [b, L]), booleans.
     Test windows follow each other and all rows are in one. The last begins earlier, so that it
-    is whole; those of its rows that an earlier window had have label -1 and do not count. Without
-    them, scores and labels in this order are those of the rows. (The usual code drops these rows.)
+    is whole: `counted` is False for those of its rows that the window before has. Scores and labels
+    where it is True are those of the rows, each once, in order. (The usual code drops the last
+    rows.)
     """
 
     def __init__(
@@ -134,10 +141,7 @@ class AnomalyTable(LightningDataModule):
         starts = tiled(len(values), length)
         if part == "val":
             return Stretches(values, starts, length)
-        labels = torch.stack([self._labels[start : start + length] for start in starts])
-        if overlap := length * len(starts) - len(values):
-            labels[-1, :overlap] = -1
-        return Stretches(values, starts, length, labels)
+        return Stretches(values, starts, length, self._labels)
 
     def train_dataloader(self) -> DataLoader[Any]:
         windows = self.stretches("train")
@@ -190,7 +194,7 @@ class AnomalyTable(LightningDataModule):
             raise AdaptError(f"{path} has {len(labels)} labels, the test has {rows} rows")
         if wrong := sorted({*labels.tolist()} - {0.0, 1.0}):
             raise AdaptError(f"{path} has the label {wrong[0]:g}: 1 is an anomaly, 0 is none")
-        return torch.from_numpy(labels).long()
+        return torch.from_numpy(labels).bool()
 
 
 def tiled(rows: int, length: int) -> list[int]:

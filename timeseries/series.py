@@ -54,15 +54,28 @@ def season(frequency: str) -> int:
     >>> [season(f) for f in ("h", "15min", "10min", "D", "B", "W", "7D", "ME", "QS-OCT", "YS")]
     [24, 96, 144, 7, 5, 52, 52, 12, 4, 1]
     """
-    import pandas as pd
-
-    try:
-        offset = pd.tseries.frequencies.to_offset(frequency)
-    except ValueError as error:
-        raise AdaptError(
-            f"frequency={frequency!r} is not known: write it as pandas does (h, 15min, D, W, MS)"
-        ) from error
-    first = pd.Timestamp("2001-01-01") + offset
-    days = float((first + 28 * offset - first) / pd.Timedelta(days=28))  # of a step, on average
+    days = step_in_days(frequency)
     whole = 1.0 if days < 1 else 7.0 if days < 7 else 365.25
     return max(1, round(whole / days))
+
+
+def step_in_days(frequency: str) -> float:
+    """The length of a step, for calendar steps on average; a frequency pandas lacks is refused.
+
+    >>> step_in_days("6h"), step_in_days("W")
+    (0.25, 7.0)
+    """
+    import pandas as pd
+
+    unknown = AdaptError(
+        f"frequency={frequency!r} is not known: write it as pandas does (h, 15min, D, W, MS)"
+    )
+    try:
+        offset = pd.tseries.frequencies.to_offset(frequency)
+        first = pd.Timestamp("2001-01-01") + offset
+        days = float((first + 28 * offset - first) / pd.Timedelta(days=28))
+    except (ValueError, OverflowError) as error:
+        raise unknown from error
+    if days <= 0:
+        raise unknown
+    return days

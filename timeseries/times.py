@@ -10,8 +10,9 @@ import numpy as np
 
 from ..core.errors import AdaptError
 from .frames import shown
-from .series import Times, season
+from .series import Times, step_in_days
 
+_SPARSEST = 10  # steps per row that there is, at most
 _DAY_OR_MONTH_FIRST = re.compile(r"\s*\d{1,2}[./-]")
 
 
@@ -88,14 +89,14 @@ def step_of(
     import pandas as pd
 
     if frequency is not None:
-        season(frequency)  # refuses what is none
+        step_in_days(frequency)  # refuses what is none
     index = pd.DatetimeIndex(times)
     frequency = frequency or (pd.infer_freq(index) if len(index) > 2 else None)
     if frequency is None and len(index) == 1:
         return None, times
     if frequency is None:
         frequency = _commonest(times, whose)
-    grid: Times = pd.date_range(index[0], index[-1], freq=frequency).to_numpy("datetime64[ns]")
+    grid = _grid(times, frequency)
     if len(grid) == len(times) and (grid == times).all():
         return frequency, times
     fits = bool(np.isin(times, grid).all())
@@ -110,6 +111,20 @@ def step_of(
         f"{whose}, row {row + 1}: {at(times[row])}{after} is not one step of {frequency}: {fill}say"
         " the right frequency, or leave time out (rows are then the steps)"
     )
+
+
+def _grid(times: Times, frequency: str) -> Times:
+    """All times from the first to the last, a step apart; cut where most of them are missing."""
+    import pandas as pd
+
+    ends = times[[0, -1]].astype("datetime64[s]")  # in ns, 300 years are no difference any more
+    first, last = pd.Timestamp(times[0]), pd.Timestamp(times[-1])
+    # A wrong step must not fill the memory: years of seconds are 10^8 times.
+    days = step_in_days(frequency) * (_SPARSEST * len(times) + 100)
+    if days < (ends[1] - ends[0]) / np.timedelta64(1, "D"):
+        last = first + pd.Timedelta(days=days)
+    grid: Times = pd.date_range(first, last, freq=frequency).to_numpy("datetime64[ns]")
+    return grid
 
 
 def _commonest(times: Times, whose: str) -> str:
