@@ -26,6 +26,7 @@ NAMES = (
     "speech_switching",
     "vlm_peft",
     "block_lora",
+    "text_side",
 )
 
 

@@ -171,8 +171,8 @@ def test_other_shapes_are_refused(wrong: Tensor, message: str) -> None:
     model = image_text_of(clip())
     with pytest.raises(AdaptError, match=message):
         model.image_features(wrong)
-    with pytest.raises(AdaptError, match=r"tokens are \[t, 8\], not \[3, 5\]"):
-        model.text_features(tokens(context=5))
+    with pytest.raises(AdaptError, match=r"tokens are \[t, 8\], not \[3, 9\]"):
+        model.text_features(tokens(context=9))
 
 
 def test_another_class_is_refused_with_those_that_are_known() -> None:

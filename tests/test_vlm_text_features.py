@@ -43,6 +43,9 @@ class Pair:
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         return torch.tensor([[ord(sign) % 20 for sign in f"{text:>20}"] for text in texts])
 
+    def shorter(self, tokens: Tensor) -> Tensor:
+        return tokens
+
     def text_features(self, tokens: Tensor) -> Tensor:
         self.encoded += len(tokens)
         x = self.model.embedding(tokens)

@@ -96,7 +96,7 @@ class OpenCLIP(Backbone):
     def _what(self, weights: bool) -> str:
         of = f" with the weights {self.pretrained!r}" if self.pretrained else ""
         settings = f" with {self.options}" if self.options else ""
-        hint = " (without a network, use a file, or OfflinePair)" if weights else ""
+        hint = " (without a network: a file, or OfflinePair, `offline`)" if weights else ""
         return f"open_clip's {self.name!r}{of}{settings}{hint}"
 
     def _check(self) -> None:
@@ -169,9 +169,8 @@ class TransformersCLIP(Backbone):
         return image_text_of(model, tokenizer, _preprocessing(processor))
 
     def _what(self, part: str) -> str:
-        return (
-            f"{part}transformers' {self.name!r} (without a network, use a folder, or OfflinePair)"
-        )
+        hint = "(without a network: a folder, or OfflinePair, `offline`)"
+        return f"{part}transformers' {self.name!r} {hint}"
 
 
 @dataclass(frozen=True, kw_only=True)

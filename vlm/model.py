@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core.errors import AdaptError
 from ..core.images.preprocessing import Preprocessing
+from .short_texts import causal_features, ends_before, is_causal, last_of
 
 Tokenizer = Callable[..., Any]
 """open_clip's: called with texts and `context_length`; or one of transformers."""
@@ -32,6 +33,9 @@ class ImageText(ABC):
 
     eye: ClassVar[str]
     """The path of the image tower."""
+
+    shortens = False
+    """Whether `shorter` may take columns away."""
 
     def __init__(
         self,
@@ -93,6 +97,14 @@ class ImageText(ABC):
         tokens: Tensor = self.tokenizer(list(texts), context_length=length)
         return tokens
 
+    def shorter(self, tokens: Tensor) -> Tensor:
+        """Tokens [t, context] -> [t, n], n <= context: without columns that no feature depends on.
+
+        Those behind the longest text, where the tower is causal or masks the padding; else all are
+        kept. Features are those of all columns up to the rounding of products of other sizes.
+        """
+        return tokens
+
     def image_features(self, images: Tensor) -> Tensor:
         """Images [b, 3, h, w], as `preprocessing` makes them -> float32 [b, d] of length 1."""
         if images.ndim != 4 or images.shape[1] != 3:
@@ -104,8 +116,9 @@ class ImageText(ABC):
         return F.normalize(self._image(images.to(weight)).float(), dim=-1)
 
     def text_features(self, tokens: Tensor) -> Tensor:
-        """Tokens [t, context] -> float32 [t, d] of length 1."""
-        if tokens.ndim != 2 or tokens.shape[1] != self.context:
+        """Tokens [t, context], or what `shorter` made of them -> float32 [t, d] of length 1."""
+        fewest = 1 if self.shortens else self.context
+        if tokens.ndim != 2 or not fewest <= tokens.shape[1] <= self.context:
             raise AdaptError(f"tokens are [t, {self.context}], not {list(tokens.shape)}")
         return F.normalize(self._text(tokens.to(self.device)).float(), dim=-1)
 
@@ -133,12 +146,22 @@ class OpenCLIPImageText(ImageText):
             context=_context(text, tokenizer),
             width=_text_width(text),
         )
+        self.text = text
+        self.masks = hasattr(text, "config")  # Hugging Face's towers, in open_clip, the padding
+        self.shortens = self.masks or is_causal(text)
+
+    def shorter(self, tokens: Tensor) -> Tensor:
+        if self.masks:
+            return ends_before(tokens, last_of(tokens, self.text.config.pad_token_id))
+        return ends_before(tokens, tokens.argmax(-1)) if self.shortens else tokens
 
     def _image(self, images: Tensor) -> Tensor:
         features: Tensor = self.model.encode_image(images, normalize=False)  # type: ignore[operator]
         return features
 
     def _text(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[1] < self.context and not self.masks:
+            return causal_features(self.text, tokens)
         features: Tensor = self.model.encode_text(tokens, normalize=False)  # type: ignore[operator]
         return features
 
@@ -160,6 +183,15 @@ class TransformersImageText(ImageText):
             context=read.max_position_embeddings,
             width=read.projection_size if siglip else model.config.projection_dim,
         )
+        self.end = read.eos_token_id
+        self.shortens = not siglip  # which was trained to read the padding
+
+    def shorter(self, tokens: Tensor) -> Tensor:
+        if not self.shortens:
+            return tokens
+        # Older checkpoints name a wrong end, and the largest token is taken for it.
+        ends = tokens if self.end == 2 else (tokens == self.end).int()
+        return ends_before(tokens, ends.argmax(-1))
 
     def _image(self, images: Tensor) -> Tensor:
         features: Tensor = self.model.get_image_features(pixel_values=images).pooler_output  # type: ignore[operator]

@@ -38,8 +38,12 @@ class TextTower(Protocol):
         """Texts -> tokens [t, context]."""
         ...
 
+    def shorter(self, tokens: Tensor) -> Tensor:
+        """Tokens [t, context] without the columns that no feature depends on."""
+        ...
+
     def text_features(self, tokens: Tensor) -> Tensor:
-        """Tokens [t, context] -> normalised features [t, d]."""
+        """Tokens [t, context], or fewer of `shorter` -> normalised features [t, d]."""
         ...
 
 
@@ -92,7 +96,8 @@ def class_features(
     tokens = [class_tokens(pair.tokenize, classes, template) for template in templates]
     device = _device(pair.model)
     with torch.no_grad():
-        return averaged([encode(pair, each.to(device), chunk) for each in tokens])
+        short = [pair.shorter(each).to(device) for each in tokens]
+        return averaged([encode(pair, each, chunk) for each in short])
 
 
 def averaged(features: Sequence[Tensor]) -> Tensor:
@@ -115,7 +120,7 @@ class TextFeatures:
     def __init__(self, pair: TextTower, tokens: Tensor, chunk: int | None = None) -> None:
         require_chunk(chunk)
         self.pair = pair
-        self.tokens = tokens
+        self.tokens = pair.shorter(tokens)
         self.chunk = chunk
         self._kept: dict[object, tuple[list[Tensor], Tensor]] = {}
 
