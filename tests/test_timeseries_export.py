@@ -29,9 +29,10 @@ from polyadapt.tests.timeseries_sets import (
 from polyadapt.timeseries import export
 from polyadapt.timeseries.aim import Aim
 from polyadapt.timeseries.aims import Classify, Forecast, Impute, Reconstruct
+from polyadapt.timeseries.deployed import Deployed
 from polyadapt.timeseries.description import describe, load_set
 from polyadapt.timeseries.edge import Cost, measure
-from polyadapt.timeseries.export import Deployed, exported, fold
+from polyadapt.timeseries.export import exported, fold
 from polyadapt.timeseries.task import SeriesTask
 
 AIMS: dict[str, Aim] = {

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ..core.cli import OneLineParser
 from ..core.container import write_atomically
 from ..core.errors import AdaptError
-from .backbones import Backbone, NoLanguageModel
+from .backbones import Backbone, NoLanguageModel, OneAttention
+from .columns import refuse_columns, trained_columns
 from .compare import backbone_called
 from .forecaster import Forecaster, device
 from .frames import read_frame
@@ -22,6 +23,7 @@ from .pictures import forecast_picture, panels_of
 from .series import Series
 from .tables import read_long, read_table, side_by_side
 
+_OWN: dict[str, Backbone] = {"none": NoLanguageModel(), "attention": OneAttention()}
 _OF_A_PLAN = ("look_back", "epochs", "windows", "seed")
 _OF_A_FIT = (*_OF_A_PLAN, "backbone", "blocks", "save")
 
@@ -77,7 +79,7 @@ def _read(asked: argparse.Namespace, known: Forecaster | None) -> Tables:
         "covariates": asked.covariates,
     }
     if asked.id is None:
-        columns = asked.columns or _trained_columns(asked.table, known)
+        columns = asked.columns or _trained(asked.table, known)
         return Tables({"table": read_table(asked.table, columns=columns, **how)}, {})
     series = read_long(asked.table, id=asked.id, columns=asked.columns, **how)
     if known is not None and known.about.scaler is None:
@@ -86,7 +88,7 @@ def _read(asked: argparse.Namespace, known: Forecaster | None) -> Tables:
         series = _in_order(series, known.about.names)
     whole = side_by_side(series)
     if known is not None and known.about.names not in (None, whole.names):
-        _refuse_columns(known, asked.table, whole.names)
+        refuse_columns(known.about.names or (), whole.names, asked.table, known.called)
     return Tables({"table": whole}, {name: one.names for name, one in series.items()})
 
 
@@ -100,22 +102,12 @@ def _in_order(series: Mapping[str, Series], names: Sequence[str]) -> dict[str, S
     return {name: series[name] for name in sorted(series, key=place)}
 
 
-def _trained_columns(table: Path, known: Forecaster | None) -> Sequence[str] | None:
+def _trained(table: Path, known: Forecaster | None) -> Sequence[str] | None:
     """The columns that a set was trained on, which the table must have."""
     if known is None or known.about.names is None:
         return None
     there = list(read_frame(table).columns)
-    if not {*known.about.names} <= {*there}:
-        _refuse_columns(known, table, there)
-    return known.about.names
-
-
-def _refuse_columns(known: Forecaster, table: Path, there: Sequence[str]) -> NoReturn:
-    names = known.about.names or ()
-    raise AdaptError(
-        f"{known.called} was trained on {len(names)} columns ({', '.join(names)}), {table} has"
-        f" {', '.join(there)}: name {len(names)} columns with --columns, in that order"
-    )
+    return trained_columns(known.about.names, there, table, known.called)
 
 
 def _fitted(asked: argparse.Namespace, series: Series) -> Forecaster:
@@ -135,7 +127,7 @@ def _fitted(asked: argparse.Namespace, series: Series) -> Forecaster:
 def _backbone(asked: argparse.Namespace) -> Backbone:
     blocks = 3 if asked.blocks is None else asked.blocks
     word = asked.backbone or "minilm"
-    return NoLanguageModel() if word == "none" else backbone_called(word, blocks)
+    return _OWN.get(word) or backbone_called(word, blocks)
 
 
 def _given(asked: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -186,7 +178,9 @@ def _parser() -> argparse.ArgumentParser:
     add_table_arguments(table.add_argument)
     fit = parser.add_argument_group("what is fitted without --set")
     add = fit.add_argument
-    words = "minilm (offline), gpt2, none, or a name or folder of transformers; default: minilm"
+    words = (
+        "minilm (offline, the default), gpt2, none, attention, a name of transformers or a folder"
+    )
     add("--backbone", metavar="WORD", help=words)
     add("--blocks", type=int, metavar="N", help="of the language model; default: 3")
     add("--look-back", type=int, metavar="L", help="rows; default: a third of those trained on")

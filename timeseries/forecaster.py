@@ -55,13 +55,21 @@ class Forecaster:
         self._check(series, ahead)
         past = series.values[-self.about.look_back :]
         found = self.answers(past[None])[0, :ahead]
-        values, quantiles = found, {}
-        if self.aim.loss == "quantile":
-            by_level = dict(zip(self.aim.levels, np.moveaxis(found, -1, 0), strict=True))
-            values = by_level[0.5]
-            quantiles = {level: each for level, each in by_level.items() if level != 0.5}
+        by_level = (
+            dict(zip(self.levels, np.moveaxis(found, -1, 0), strict=True)) if self.levels else {}
+        )
+        quantiles = {level: each for level, each in by_level.items() if level != 0.5}
         times = later_times(series, ahead)
-        return Outlook(series.names, values, times, len(series) + 1, quantiles)
+        return Outlook(series.names, self.point(found), times, len(series) + 1, quantiles)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Of the quantiles that are forecast; none with another loss."""
+        return self.aim.levels if self.aim.loss == "quantile" else ()
+
+    def point(self, answers: Values) -> Values:
+        """One number per step and channel: [..., T, C], the median of quantiles [..., T, C, Q]."""
+        return answers[..., self.levels.index(0.5)] if self.levels else answers
 
     @torch.inference_mode()
     def answers(self, past: Values) -> Values:
