@@ -15,7 +15,7 @@ from ..core.errors import AdaptError
 from ..core.order import EpochSampler
 from . import borders
 from .borders import Borders
-from .gaps import Missing
+from .gaps import LONGEST, Missing
 from .scaling import Scaler
 from .series import Series
 from .tables import read_long, read_standard, read_table, side_by_side
@@ -239,12 +239,12 @@ class Benchmark(SeriesData):
 
 
 class TableData(SeriesData):
-    """Any CSV or Parquet table in wide form, as `tables.read_table` reads it.
+    """Any CSV or Parquet table, as `tables.read_table` reads it.
 
     train_share and test_share of the rows; those between them validate. time: the column with the
-    times; columns: the channels, None takes all; missing: refuse, interpolate or last; id: the
-    column that tells the series of a long table apart, which then are the channels and have to be
-    of the same times.
+    times; columns: the channels, None takes all; missing: refuse, interpolate or last, over runs of
+    up to `longest` rows; id: the column that tells the series of a long table apart, which then are
+    the channels and have to be of the same times.
 
     >>> from pathlib import Path
     >>> rows = "".join(f"2020-01-{day:02},{day % 7}\\n" for day in range(1, 32))
@@ -264,6 +264,8 @@ class TableData(SeriesData):
         id: str | None = None,
         frequency: str | None = None,
         missing: Missing = "refuse",
+        longest: int = LONGEST,
+        time_format: str | None = None,
         train_share: float = 0.7,
         test_share: float = 0.2,
         **common: Any,
@@ -276,6 +278,8 @@ class TableData(SeriesData):
             "columns": columns,
             "frequency": frequency,
             "missing": missing,
+            "longest": longest,
+            "time_format": time_format,
         }
         self.shares = train_share, test_share
 

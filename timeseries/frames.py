@@ -70,7 +70,12 @@ def _read_csv(path: Path) -> Any:
         raise AdaptError(f"{path}: the header has no comma: columns are separated by commas")
     # index_col=False: else a row with one cell too many would shift all columns by one.
     return pd.read_csv(
-        path, header=0, names=range(len(names)), index_col=False, encoding="utf-8-sig"
+        path,
+        header=0,
+        names=range(len(names)),
+        index_col=False,
+        encoding="utf-8-sig",
+        low_memory=False,  # else a long column is read in pieces of different types
     ).set_axis(names, axis=1)
 
 

@@ -13,6 +13,7 @@ from .frames import shown
 from .series import Times, step_in_days
 
 _SPARSEST = 10  # steps per row that there is, at most
+_ISO = re.compile(r"\d{4}-\d\d-\d\d")
 _DAY_OR_MONTH_FIRST = re.compile(r"\s*\d{1,2}[./-]")
 
 
@@ -33,6 +34,8 @@ def read_times(column: Any, whose: str, form: str | None = None) -> Times:
     )
     if form is None and _DAY_OR_MONTH_FIRST.match(first):
         raise unclear
+    if form is None and _ISO.match(first):
+        form = "ISO8601"  # of any precision: some programs leave out the hours of midnight
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # pandas is about to guess
