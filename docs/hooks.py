@@ -23,6 +23,7 @@ from polyadapt.core.adapters import recipes
 from polyadapt.speech.cli import VERBS as SPEECH_VERBS
 from polyadapt.tests.law_models import LAYERS
 from polyadapt.tests.law_table import CELLS, ROWS, Row
+from polyadapt.timeseries.cli import VERBS as TIMESERIES_VERBS
 from polyadapt.vision.cli import VERBS as VISION_VERBS
 from polyadapt.vlm.cli import VERBS as VLM_VERBS
 
@@ -41,7 +42,7 @@ def on_startup(**_: Any) -> None:
     shown = ROOT / "build" / "shown" / "polyadapt"
     shown.mkdir(parents=True, exist_ok=True)
     (shown / "__init__.py").write_bytes((ROOT / "__init__.py").read_bytes())
-    for name in ("core", "speech", "vision", "vlm"):
+    for name in ("core", "speech", "timeseries", "vision", "vlm"):
         if not (shown / name).is_symlink():
             (shown / name).symlink_to(f"../../../{name}", target_is_directory=True)
 
@@ -210,6 +211,8 @@ FILLINGS: dict[str, Callable[[], str]] = {
     "public_names": public_names,
     "speech_configurations": partial(configurations, "speech"),
     "speech_verbs": partial(verb_table, SPEECH_VERBS),
+    "timeseries_configurations": partial(configurations, "timeseries"),
+    "timeseries_verbs": partial(verb_table, TIMESERIES_VERBS),
     "vision_configurations": partial(configurations, "vision"),
     "vision_verbs": partial(verb_table, VISION_VERBS),
     "vlm_configurations": partial(configurations, "vlm"),

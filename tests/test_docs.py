@@ -30,14 +30,25 @@ from polyadapt.docs.hooks import (
 )
 from polyadapt.speech.cli import VERBS as SPEECH_VERBS
 from polyadapt.tests.law_table import CELLS, ROWS
+from polyadapt.timeseries.cli import VERBS as TIMESERIES_VERBS
 from polyadapt.vision.cli import VERBS as VISION_VERBS
 from polyadapt.vlm.cli import VERBS as VLM_VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-SLOW = {"guide/training.md", "domains/vision.md", "domains/vlm.md"}  # with Lightning
-VERBS = {"speech": SPEECH_VERBS, "vision": VISION_VERBS, "vlm": VLM_VERBS}
+SLOW = {
+    "guide/training.md",
+    "domains/timeseries.md",
+    "domains/vision.md",
+    "domains/vlm.md",
+}  # with Lightning
+VERBS = {
+    "speech": SPEECH_VERBS,
+    "timeseries": TIMESERIES_VERBS,
+    "vision": VISION_VERBS,
+    "vlm": VLM_VERBS,
+}
 # A block of code, or what the one before it prints.
 BLOCK = re.compile(r'^```(python|text title="prints"|sh)\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
