@@ -19,7 +19,9 @@ from polyadapt.timeseries.aim import Aim
 from polyadapt.timeseries.aims import Classify, Forecast, Impute, Reconstruct
 from polyadapt.timeseries.backbones import NoLanguageModel
 from polyadapt.timeseries.data_anomaly import AnomalyTable
+from polyadapt.timeseries.data_competition import M4
 from polyadapt.timeseries.data_labelled import UCR
+from polyadapt.timeseries.patches import Patches
 from polyadapt.timeseries.task import SeriesTask
 
 
@@ -168,13 +170,30 @@ def test_quantiles_learn_the_spread_of_noise() -> None:
     assert found["test_coverage"] == pytest.approx(0.8, abs=0.08)
 
 
+def test_a_competition_is_trained_on_smape_and_tested_by_its_own_scores(tmp_path: Path) -> None:
+    for part, rows in (("train", range(20)), ("test", range(20, 26))):
+        lines = [f"Y{s}," + ",".join(str(100 + s + row) for row in rows) for s in range(12)]
+        head = ",".join(f"V{number}" for number in range(len(rows) + 1))
+        (tmp_path / f"Yearly-{part}.csv").write_text("\n".join([head, *lines]) + "\n")
+    data = M4(str(tmp_path), "Yearly", batch_size=4)
+    aim = Forecast(horizon=6, loss="smape")
+    task = tiny_task(aim, look_back=12, patches=Patches(1, 1))
+    run = trainer(max_epochs=20)
+    run.fit(task, data)
+    (found,) = run.test(task, data, verbose=False)
+    assert found["test_loss"] < 5
+    assert found["test_smape"] == pytest.approx(found["test_loss"], rel=1e-4)
+    assert {"test_mase", "test_owa", "test_mse"} < set(found)
+    longer = tiny_task(Forecast(horizon=8), look_back=12, patches=Patches(1, 1))
+    (found,) = trainer().test(longer, data, verbose=False)
+    assert found["test_owa"] > 0
+
+
 def test_the_smape_loss_trains_on_values_as_they_are() -> None:
-    task = tiny_task(Forecast(horizon=4, loss="smape"))
+    task = tiny_task(Forecast(horizon=4, loss="smape")).eval()
     x, y = torch.full((2, 24, 1), 10.0), torch.full((2, 4, 1), 30.0)
-    task.eval()
     example = task.aim.example([x, y], None)
-    measured = task.aim.measures(torch.full_like(y, 10.0), example)
-    assert float(measured.values["smape"]) == pytest.approx(100)
+    assert float(task.aim.loss_of(torch.full_like(y, 10.0), example)) == pytest.approx(100)
     assert float(task.training_loss([x, y]).detach()) == pytest.approx(100, rel=1e-2)
 
 

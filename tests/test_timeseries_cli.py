@@ -231,10 +231,12 @@ def test_every_configuration_is_whole_and_its_model_can_be_built(path: Path) -> 
     words = ["--config", str(path), "--model.backbone=NoLanguageModel"]
     with calm():
         built = DomainCLI(DOMAIN, "fit", words)
-    count = built.model.adapters.trainable_count()
-    patches = 22 if built.model.about.patches.stride == 16 else 42
-    assert count == 16 * (1024 + 768 + patches * 768 + 96)
-    assert built.model.weight_decay == 0
+    task = built.model
+    network, rank = task.network, task.adapters.recipe.rank
+    last = task.adapters.recipe.ranks.get("out_layer", rank)
+    outputs, flat = network.out_layer.weight.shape
+    assert task.adapters.trainable_count() == rank * (1024 + 768) + last * (outputs + flat)
+    assert task.weight_decay == 0
 
 
 def test_there_are_configurations() -> None:

@@ -29,8 +29,9 @@ class Forecast(Aim):
     `loss`: "mse"; "smape" for competitions (on unscaled values, see `metrics.smape_loss`); or
     "quantile", the mean pinball loss max(q e, (q - 1) e), e = truth - forecast, over the `levels`
     q, of which one is 0.5. The answer then is [b, T, C, Q], sorted by level so that none crosses
-    another. Measured: mse and mae of the forecast (the median), in the data's units; smape, or the
-    share of truths within the outermost levels, with the loss of that name.
+    another. Measured: mse and mae of the forecast (the median), in the data's units, and with
+    quantiles the share of truths within the outermost levels (`coverage`). Truths may be shorter
+    than T where they are only measured: a competition may ask for fewer steps.
 
     >>> Forecast(horizon=24, loss="quantile").outputs(look_back=96)
     72
@@ -59,7 +60,9 @@ class Forecast(Aim):
 
     def example(self, batch: Batch, draws: Generator | None) -> Example:
         x, target = parts_of(batch, 2)[:2]
-        if target.shape[1:] != (self.horizon, x.shape[2]):
+        steps = target.shape[1]
+        fits = steps == self.horizon or (draws is not None and 1 <= steps < self.horizon)
+        if not fits or target.shape[2:] != x.shape[2:]:
             raise AdaptError(
                 f"a forecast of {self.horizon} steps of {x.shape[2]} channels needs truths"
                 f" [b, {self.horizon}, {x.shape[2]}], got {list(target.shape)}"
@@ -79,6 +82,7 @@ class Forecast(Aim):
         return answer[..., self.levels.index(0.5)] if self.loss == "quantile" else answer
 
     def loss_of(self, answer: Tensor, example: Example) -> Tensor:
+        answer = answer[:, : example.target.shape[1]]
         if self.loss == "mse":
             return F.mse_loss(answer, example.target)
         if self.loss == "smape":
@@ -88,14 +92,17 @@ class Forecast(Aim):
         return torch.maximum(levels * error, (levels - 1) * error).mean()
 
     def measures(self, answer: Tensor, example: Example) -> Measures:
-        point, truth = self.point(answer), example.target
+        truth = example.target
+        answer = answer[:, : truth.shape[1]]
+        point = self.point(answer)
         found = {"mse": F.mse_loss(point, truth), "mae": F.l1_loss(point, truth)}
-        if self.loss == "smape":
-            found["smape"] = smape_loss(point, truth)
         if self.loss == "quantile":
             inside = (truth >= answer[..., 0]) & (truth <= answer[..., -1])
             found["coverage"] = inside.float().mean()
         return Measures(found, len(truth))
+
+    def judged(self, answer: Tensor, example: Example) -> tuple[Tensor, Tensor]:
+        return self.point(answer), example.target
 
 
 @dataclass(frozen=True, kw_only=True)

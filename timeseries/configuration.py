@@ -9,7 +9,9 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from ..core.configuration import Domain
 from ..core.run_folder import write_test_table
 from . import data as data  # data modules are found by their short names
+from . import data_anomaly as data_anomaly
 from . import data_competition as data_competition
+from . import data_labelled as data_labelled
 from .aim import Aim
 from .backbones import Backbone
 from .description import describe

@@ -18,9 +18,11 @@ from ..core.recipe import Recipe, require, require_finite
 from ..core.training import AdaptedModule
 from .adapters import Schedule
 from .aim import Aim, Batch, Example
-from .aims import Reconstruct
+from .aims import Forecast, Reconstruct
 from .anomaly import AnomalyMetric
 from .backbones import Backbone
+from .contest_metric import ContestMetric
+from .data_competition import CompetitionData
 from .description import Description, Keep, describe, load_set, network_of, sizes
 from .network import Network, digest
 from .patches import Patches
@@ -41,8 +43,9 @@ class SeriesTask(AdaptedModule):
     Adam. In training the dropout of the blocks acts, as in the authors' code (0.1 for GPT-2;
     `dropout` sets another); in validation, unlike there, none does.
 
-    Validation and test log the aim's loss and measures as means over all windows. Look-back and
-    horizon are told to the data; its names, scaler and season travel in the file. The other
+    Validation and test log the aim's loss and measures as means over all windows; a test on a
+    competition adds its sMAPE, MASE and OWA. Look-back and horizon are told to the data; its names,
+    scaler and season travel in the file. The other
     settings are `AdaptedModule`'s. Raises `AdaptError` for settings out of range and data that
     does not fit the aim.
 
@@ -132,6 +135,8 @@ class SeriesTask(AdaptedModule):
                 setattr(data, name, value)
         if misfit := self.aim.misfit(data):
             raise AdaptError(misfit)
+        if stage == "test" and isinstance(self.aim, Forecast) and isinstance(data, CompetitionData):
+            self.metrics["test"] = ContestMetric(data)
         if stage == "fit":
             self.about = self.about.of(data)
             self._describe()
