@@ -235,3 +235,17 @@ def test_a_file_restores_its_model_whatever_seed_its_reader_has(tmp_path: Path, 
     else:
         with pytest.raises(StoreError, match="the frozen layers of seed 5 have the SHA-256"):
             load_set(fresh, file)
+
+
+@pytest.mark.slow
+def test_on_six_blocks_of_gpt2_at_full_size_the_same_four_tensors_are_trained() -> None:
+    blocks = GPT2(pretrained=False, blocks=6).build()
+    model = Network(blocks, 336, Patches(16, 8), outputs=96).eval()
+    adapters = adapted(model)
+    assert [site.name for site in adapters.sites] == ["blocks.model.wpe", "out_layer"]
+    trained = [list(p.shape) for p in model.parameters() if p.requires_grad]
+    assert trained == [[16, 1024], [768, 16], [16, 32256], [96, 16]]
+    assert adapters.trainable_count() == 546_304
+    frozen = sum(p.numel() for p in model.blocks.parameters() if not p.requires_grad)
+    assert frozen - 1024 * 768 == 6 * 7_087_872 + 2 * 768  # GPT-2's blocks and its last norm
+    assert model(torch.randn(1, 336, 1)).isfinite().all()
