@@ -145,6 +145,17 @@ def test_series_of_a_long_table_become_channels(tmp_path: Path) -> None:
     assert data.series.values[7].tolist() == [7, -7]
 
 
+def test_how_a_table_is_read_can_be_set(tmp_path: Path) -> None:
+    days = [f"{day:02}.01.2020,{day if day != 5 else ''}" for day in range(1, 32) if day != 6]
+    (tmp_path / "t.csv").write_text("\n".join(["day,x", *days]))
+    how: dict[str, Any] = {"time": "day", "time_format": "%d.%m.%Y", "missing": "interpolate"}
+    data = ready(TableData(str(tmp_path / "t.csv"), **how), 3, 2)
+    assert data.series.values.ravel() == pytest.approx(range(1, 32))
+    assert (data.frequency, data.period) == ("D", 7)
+    with pytest.raises(AdaptError, match="no value in rows 5 to 6: a run of 2, up to 1 are filled"):
+        TableData(str(tmp_path / "t.csv"), longest=1, **how).setup()
+
+
 def test_a_constant_channel_is_zero_and_finite(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("x\n" + "0.1\n" * 40)
     data = ready(TableData(str(tmp_path / "t.csv")), 3, 2)

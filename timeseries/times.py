@@ -140,6 +140,9 @@ def _commonest(times: Times, whose: str) -> str:
             f"{whose}: the times are irregular, steps are from {pd.Timedelta(steps[0])} to"
             f" {pd.Timedelta(steps[-1])}: resample them to one step, or leave time out"
         )
+    days, rest = divmod(pd.Timedelta(step), pd.Timedelta(days=1))
+    if not rest:  # whole days, which pandas 3 would call 24h
+        return "D" if days == 1 else f"{days}D"
     return str(pd.tseries.frequencies.to_offset(pd.Timedelta(step)).freqstr)
 
 
