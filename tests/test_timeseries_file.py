@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ def _damaged(tmp_path: Path, **changes: Any) -> Path:
         ),
         ({"frozen_layers__seed": 1}, "the frozen layers of seed 1 have the SHA-256"),
         ({"scaler": {"mean": [1.0], "std": [0.0]}}, "std > 0"),
+        ({"blocks": "0" * 64}, "these are not the weights of GPT2.* that it was trained with"),
         ({"period": 2.5}, "2.5 is no whole number"),
     ],
     ids=lambda value: str(value)[:40],
@@ -155,6 +157,18 @@ def test_a_network_of_another_size_keeps_its_layers(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"out_layer.weight is \[6, 48\], the file has \[4, 48\]"):
         load_set(other, tmp_path / "set.safetensors")
     for name, tensor in other.frozen_layers().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_blocks_of_another_seed_are_refused_before_anything_is_changed(tmp_path: Path) -> None:
+    task = tiny_task(frozen_layers="tensors")
+    task.save_adapter(tmp_path / "set.safetensors")
+    assert task.about.blocks is not None
+    other = replace(task.about, backbone=replace(TINY, seed=1), seed=4).network()
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(StoreError, match="these are not the weights of GPT2"):
+        load_set(other, tmp_path / "set.safetensors")
+    for name, tensor in other.state_dict().items():
         assert torch.equal(tensor, before[name])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from typing import Any
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import AdaptError
+from ..core.fingerprint import fingerprint
 
 _TABLES = ("wpe", "position_embeddings", "embed_positions")  # transformers' names for them
 POSITIONS = 1024  # as many as GPT-2 has
@@ -112,6 +114,14 @@ class AttentionBlock(PositionsOnly):
         mixed = F.scaled_dot_product_attention(q, k, v)
         attended: Tensor = h + self.proj(mixed.transpose(1, 2).flatten(2))
         return attended
+
+
+def digest(blocks: Blocks) -> str:
+    """SHA-256 of the names and fingerprints of all weights: other blocks are told apart by it."""
+    found = hashlib.sha256()
+    for name, weight in sorted(fingerprint(blocks, []).items()):
+        found.update(f"{name} {weight}\n".encode())
+    return found.hexdigest()
 
 
 def _numbers(embedded: Tensor) -> Tensor:

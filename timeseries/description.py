@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core.errors import AdaptError, StoreError
 from ..core.sets import AdapterSet
 from ..core.store import load, read_file
+from . import blocks
 from .aim import Aim
 from .aims import Forecast as Forecast  # aims are found among those that are imported
 from .backbones import Backbone
@@ -29,8 +30,9 @@ class Description:
     """Everything but the adapters that the model is made of.
 
     `sha256` is that of the frozen random layers, which the file holds itself (`kept` "tensors") or
-    which are drawn again from `seed`. `names`, `scaler`, `frequency` and `period` (rows of a
-    season) are those of the data that it was trained on, where that is known.
+    which are drawn again from `seed`; `blocks` is the digest of the blocks' weights, which a hub or
+    a library may change under the same name (None: not known). `names`, `scaler`, `frequency` and
+    `period` (rows of a season) are those of the data that it was trained on, where that is known.
     """
 
     backbone: Backbone
@@ -44,6 +46,7 @@ class Description:
     scaler: Scaler | None = None
     frequency: str | None = None
     period: int | None = None
+    blocks: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What travels in the file."""
@@ -53,6 +56,7 @@ class Description:
             "look_back": self.look_back,
             "patches": self.patches.to_json(),
             "aim": self.aim.to_json(),
+            "blocks": self.blocks,
             "frozen_layers": {"seed": self.seed, "kept": self.kept, "sha256": self.sha256},
             "names": None if self.names is None else list(self.names),
             "scaler": None if self.scaler is None else self.scaler.to_json(),
@@ -97,10 +101,16 @@ def load_set(network: Network, path: str | Path, name: str | None = None) -> Ada
 
     Layers that the file holds replace the network's; of those that it only has the seed of, the
     network's must have the file's SHA-256. Raises `StoreError` where it has not (the network was
-    drawn from another seed, or this torch draws other numbers), and for sizes that do not fit.
+    drawn from another seed, or this torch draws other numbers), for blocks of other weights, and
+    for sizes that do not fit.
     """
     file = read_file(path)
     about = _described(path, file.extra)
+    if about.blocks not in (None, blocks.digest(network.blocks)):
+        raise StoreError(
+            f"{path}: these are not the weights of {about.backbone} that it was trained with: its"
+            " source, or the library that draws them, has others now, or the network is another"
+        )
     if about.kept == "tensors":
         _restore(network, {n: t for n, t in file.head.items() if n in FROZEN_LAYERS}, path)
     found = digest(network.frozen_layers())
@@ -157,6 +167,7 @@ def _read(said: Mapping[str, Any]) -> Description:
         names=None if names is None else tuple(map(str, names)),
         scaler=None if scaler is None else Scaler.from_json(scaler),
         frequency=None if said["frequency"] is None else str(said["frequency"]),
+        blocks=None if said["blocks"] is None else str(said["blocks"]),
         period=None if said["period"] is None else _whole(said["period"]),
     )
 

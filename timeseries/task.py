@@ -16,6 +16,7 @@ from ..core.adapters.head_only import HeadOnly
 from ..core.errors import AdaptError
 from ..core.recipe import Recipe, require, require_finite
 from ..core.training import AdaptedModule
+from . import blocks
 from .adapters import Schedule
 from .aim import Aim, Batch, Example
 from .aims import Forecast, Reconstruct
@@ -96,7 +97,14 @@ class SeriesTask(AdaptedModule):
         self.cosine_epochs = cosine_epochs
         self.last_lr = last_lr
         self.about = Description(
-            backbone, look_back, patches, aim, seed_of_layers, frozen_layers, digest(held)
+            backbone,
+            look_back,
+            patches,
+            aim,
+            seed_of_layers,
+            frozen_layers,
+            digest(held),
+            blocks=blocks.digest(network.blocks),
         )
         found = {part: aim.metric(part) for part in ("val", "test")}
         self.metrics = nn.ModuleDict({k: m for k, m in found.items() if m is not None})
