@@ -22,6 +22,7 @@ from polyadapt.tests.timeseries_sets import (
     saved_set,
     table,
 )
+from polyadapt.timeseries import own_fit
 from polyadapt.timeseries.aims import Forecast, Impute
 from polyadapt.timeseries.backbones import NoLanguageModel
 from polyadapt.timeseries.forecaster import Forecaster
@@ -207,6 +208,12 @@ def test_a_table_of_another_step_is_refused(tmp_path: Path, told: Told) -> None:
     assert "a row every D, " in told()[1]
 
 
+def test_a_set_of_a_step_that_there_is_not_is_one_line(tmp_path: Path, told: Told) -> None:
+    file = saved_set(tmp_path / "set.safetensors", frequency="hourly")
+    assert forecast(table(tmp_path / "table.csv"), "--time", "date", "--set", file) == 2
+    assert told()[1].startswith("polyadapt: frequency='hourly' is not known: write it as pandas")
+
+
 def test_a_table_shorter_than_the_look_back_is_refused(tmp_path: Path, told: Told) -> None:
     file, csv = saved_set(tmp_path / "set.safetensors"), table(tmp_path / "table.csv", rows=47)
     assert forecast(csv, "--time", "date", "--set", file) == 2
@@ -298,6 +305,21 @@ def test_the_shortest_table_that_is_allowed_can_be_fitted(tmp_path: Path) -> Non
 def test_a_fit_needs_a_horizon(tmp_path: Path, told: Told) -> None:
     assert forecast(table(tmp_path / "table.csv"), "--time", "date") == 2
     assert told()[1] == "polyadapt: --horizon STEPS is needed: how many rows to forecast\n"
+
+
+def test_an_interrupt_leaves_nothing_behind(
+    tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own_fit, "fit", interrupted)
+    csv = table(tmp_path / "table.csv")
+    places = {"--out": "o.csv", "--picture": "p.png", "--save": "s.safetensors"}
+    words = [word for option, name in places.items() for word in (option, tmp_path / name)]
+    assert forecast(csv, "--time", "date", "--horizon", 6, "--backbone", "none", *words) == 130
+    assert told()[1].splitlines()[-1] == "polyadapt: interrupted"
+    assert [*tmp_path.iterdir()] == [csv]
 
 
 # Times and CSV

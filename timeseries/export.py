@@ -40,12 +40,12 @@ def fold(adapters: AdapterSet, network: Network) -> None:
     network.requires_grad_(False)
 
 
-def exported(file: str | Path, kind: str) -> tuple[bytes, float]:
+def exported(file: str | Path, kind: str, tolerance: float = TOLERANCE) -> tuple[bytes, float]:
     """(the merged model of an adapter file as .pt2 or .onnx, how far it is from the unmerged one).
 
     The bytes are read back and asked for other windows, in a batch of another size, than they were
     made with; the distance is a share of |value| + standard deviation of its column. Raises
-    `StoreError` for a file that holds no time series model, and `AdaptError` above 1e-5.
+    `StoreError` for a file that holds no time series model, and `AdaptError` above `tolerance`.
     """
     about = describe(file)
     network = about.network().eval()
@@ -58,10 +58,10 @@ def exported(file: str | Path, kind: str) -> tuple[bytes, float]:
         content = WRITERS[kind](model, model.examples(2, seed=0), _said(about))
     found = torch.from_numpy(opener(kind)(content)(asked.numpy()))
     far = _distance(found, wanted, model)
-    if not far <= TOLERANCE:  # also if it is no number
+    if not far <= tolerance:  # also if it is no number
         raise AdaptError(
             f"{file} is not exported: as {kind} it is {far:.2g} from the set's own answers,"
-            f" {TOLERANCE:g} is allowed"
+            f" {tolerance:g} is allowed (--tolerance)"
         )
     return content, far
 
@@ -141,12 +141,13 @@ def main(argv: list[str]) -> int:
     if kind not in WRITERS:
         raise AdaptError(f"--out {asked.out} is not allowed: a name that ends with .pt2 or .onnx")
     about = describe(asked.set)
-    content, far = exported(asked.set, kind)
+    content, far = exported(asked.set, kind, asked.tolerance)
     write_atomically(asked.out, content)
     print(f"{asked.out}: {len(content):,} bytes; the set {asked.set.stat().st_size:,}")
-    print(f"differs from the unmerged model by {far:.1e} at most, {TOLERANCE:g} is allowed")
+    print(f"differs from the unmerged model by {far:.1e} at most, {asked.tolerance:g} is allowed")
     window = about.look_back, channels_of(about)
-    print(f"one window of {window[0]} rows and {window[1]} columns: {measure(asked.out, window)}")
+    cost = measure(asked.out, window)
+    print(f"one window of {window[0]} rows, {window[1]} column{'s' * (window[1] != 1)}: {cost}")
     return 0
 
 
@@ -161,4 +162,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", type=Path, required=True, metavar="FILE", help="the adapter file")
     form = "model.pt2 for torch.export.load, model.onnx for an ONNX runtime"
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=form)
+    about = "how far from the unmerged model; default: 1e-05 of value and standard deviation"
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="X", help=about)
     return parser

@@ -14,7 +14,7 @@ from .aims import Forecast
 from .description import Description, describe, load_set
 from .network import Network
 from .outlook import Outlook, later_times
-from .series import Series, Values
+from .series import Series, Values, season
 
 _AT_ONCE = 256  # windows in a pass
 
@@ -134,6 +134,7 @@ def _days(frequency: str | None) -> float:
     """Of a step, on average."""
     import pandas as pd
 
+    season(frequency or "")  # refuses what is none
     begin = pd.Timestamp("2001-01-01")
     later = begin + 28 * pd.tseries.frequencies.to_offset(frequency)
     return float((later - begin) / pd.Timedelta(days=28))
