@@ -130,8 +130,10 @@ def test_data_without_a_test_part_is_refused() -> None:
     arrays = dict(np.load("arrays.npz"))
     kept = {name: array for name, array in arrays.items() if not name.startswith("test")}
     np.savez("arrays.npz", **kept)
-    with pytest.raises(AdaptError, match="the data has no test part"):
-        compare("--methods", "zero-shot")
+    for method in ("zero-shot", "lora-1"):
+        with pytest.raises(AdaptError, match="the data has no test part"):
+            compare("--methods", method, "--shots", "1", "--seeds", "1")
+    assert not list(Path("out").rglob("*.yaml")), "nothing was trained"
 
 
 def test_a_damaged_record_is_refused_by_its_file(tmp_path: Path) -> None:
@@ -170,6 +172,9 @@ def test_settings_of_a_run_follow_what_it_depends_on() -> None:
     assert base.settings(zero, 1, 1) == base.settings(zero, 4, 2)
     assert base.settings(zero, 1, 1) != other.settings(zero, 1, 1)
     assert base.settings(probe, 1, 1) != base.settings(probe, 1, 2)
+    tip, few = method_called("tip-adapter"), shared(views=1)
+    assert base.settings(probe, 1, 1) == few.settings(probe, 1, 1), "it has no views"
+    assert base.settings(tip, 1, 1) != few.settings(tip, 1, 1)
     assert base.settings(method_called("lora-1"), 1, 1) != base.settings(
         method_called("lora-8"), 1, 1
     )

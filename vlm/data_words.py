@@ -63,6 +63,12 @@ class Where:
         return self.half != "all" and not issubclass(self.kind, CoOpData)
 
 
+def require_test(data: ImageData, title: str = "the data") -> None:
+    """`AdaptError` where nothing can be measured; `data` is set up and has its preprocessing."""
+    if not len(data.images("test")):
+        raise AdaptError(f"{title} has no test part: test_images, or a folder test/, is wanted")
+
+
 def data_called(word: str, root: str) -> Where:
     """What a word stands for: a file of arrays, a folder, or a data set's name below `root`.
 

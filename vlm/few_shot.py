@@ -14,6 +14,7 @@ from pathlib import Path
 from ..core.cli import OneLineParser
 from ..core.container import write_atomically
 from ..core.errors import AdaptError
+from ..core.fitting import calm
 from ..core.records import records_csv
 from ..core.run_folder import make_folder
 from .data_words import data_called
@@ -29,7 +30,8 @@ def main(argv: list[str]) -> int:
     """Run what is not finished, then print and write a table, a CSV file and a picture."""
     asked = _parser().parse_args(argv)
     shared = comparison_of(asked, data_called(asked.data, asked.root), asked.views)
-    compare(shared, methods_called(asked.methods), asked.shots, asked.seeds, asked.out)
+    with calm():
+        compare(shared, methods_called(asked.methods), asked.shots, asked.seeds, asked.out)
     return 0
 
 
@@ -80,5 +82,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B,...",
         help=f"of {known} and configurations FILE.yaml; default: {','.join(DEFAULT)}",
     )
-    add("--views", type=int, default=10, metavar="N", help="of an image, for Tip-Adapter's keys")
+    add(
+        "--views",
+        type=int,
+        default=10,
+        metavar="N",
+        help="of an image, for Tip-Adapter's keys; 0: as tests see it; default: 10",
+    )
     return parser

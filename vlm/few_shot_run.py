@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,11 +16,14 @@ from ..core.images.data import ImageData
 from ..core.records import digest, read_record, write_record
 from .backbones import Backbone
 from .baselines import LinearProbe, TipAdapter, accuracy, linear_probe, zero_shot
-from .data_words import Where
+from .data_words import Where, require_test
 from .frozen_features import FrozenFeatures
 from .methods import Method
 from .prompts import COMMON
 from .records import Record
+
+if TYPE_CHECKING:
+    from .task import ImageTextClassification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,9 @@ class Comparison:
             shots = seed = 0
         data = {**self.where.settings, **self.data_settings(shots, seed)}
         backbone = self.backbone.to_json()
-        return digest([method.name, backbone, data, self.template, self.views])
+        # Of the others, which have no views, settings are those of the default number.
+        views = self.views if method.name.startswith("tip-adapter") else Comparison.views
+        return digest([method.name, backbone, data, self.template, views])
 
     @cached_property
     def frozen(self) -> FrozenFeatures:
@@ -158,6 +163,7 @@ class Run:
         gpu = torch.cuda.is_available()
         with calm(), errors_in_one_line():
             cli = DomainCLI(DOMAIN, "fit", [*words, f"--run={self.folder}"])
+            _require_test(cli.datamodule, cli.model)
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
@@ -177,6 +183,14 @@ class Run:
             "seconds": seconds,
             "memory_mib": peak,
         }
+
+
+def _require_test(data: ImageData, task: ImageTextClassification) -> None:
+    """Before hours of training."""
+    data.prepare_data()
+    data.setup()
+    data.preprocessing = task.preprocessing
+    require_test(data)
 
 
 def _trained(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..core.errors import AdaptError
 from ..core.images.data import ImageData, Images
 from .backbones import Backbone
+from .data_words import require_test
 from .model import ImageText
 from .predict import device
 from .text_features import class_features
@@ -62,8 +62,7 @@ class FrozenFeatures:
 
     def test(self, data: ImageData) -> tuple[Tensor, Tensor]:
         """Features [m, d] and labels [m] of the test part."""
-        if not len(data.images("test")):
-            raise AdaptError("the data has no test part: test_images, or a folder test/, is wanted")
+        require_test(data)
         return self._test(data)
 
     def _test(self, data: ImageData) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from ..core.cli import OneLineParser
 from ..core.container import write_atomically
 from ..core.errors import AdaptError
+from ..core.fitting import calm
 from ..core.records import records_csv
 from ..core.run_folder import make_folder
 from .data_words import Where, data_called
@@ -47,15 +48,9 @@ def main(argv: list[str]) -> int:
         raise AdaptError(
             f"{fixed[0]} answers only the classes that it was trained on: leave it out"
         )
-    compare(
-        shared,
-        methods,
-        asked.shots,
-        asked.seeds,
-        targets,
-        asked.out,
-        AVERAGE if others else HARMONIC,
-    )
+    summary = AVERAGE if others else HARMONIC
+    with calm():
+        compare(shared, methods, asked.shots, asked.seeds, targets, asked.out, summary)
     return 0
 
 

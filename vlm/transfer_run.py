@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..core.errors import AdaptError
 from ..core.images.data import ImageData
 from ..core.records import digest, read_record, write_record
 from ..core.run_folder import ADAPTER
-from .data_words import Where
+from .data_words import Where, require_test
 from .elsewhere import top1
 from .few_shot_run import Run
 from .model import ImageText
@@ -40,10 +39,7 @@ class Target:
         """`AdaptError` for prompts that the model cannot read, and without a test part."""
         class_tokens(pair.tokenize, self.data.classes, self.template)
         self.data.preprocessing = pair.preprocessing
-        if not len(self.data.images("test")):
-            raise AdaptError(
-                f"{self.where.title} has no test part: test_images, or a folder test/, is wanted"
-            )
+        require_test(self.data, self.where.title)
 
 
 class Elsewhere:
