@@ -22,9 +22,9 @@ from .windows import as_it_is
 
 
 class Stretches(Dataset[tuple[Tensor, ...]]):
-    """Windows of `length` rows from given starts: (x [L, C],), or (x, labels [L], counted [L]).
+    """Windows of `length` rows from given starts: (x [L, C],), or (x, labels [L]).
 
-    With labels [rows] come those of the window, and whether a row is in no window before it.
+    With labels [rows] come those of the window, -1 for a row that the window before has.
 
     >>> rows = torch.arange(5.0)[:, None]
     >>> Stretches(rows, [0, 3], length=2).__getitems__([1])[0].flatten().tolist()
@@ -56,7 +56,7 @@ class Stretches(Dataset[tuple[Tensor, ...]]):
         x = self.values[rows]
         if self.labels is None:
             return (x,)
-        return x, self.labels[rows], rows > self.seen[places][:, None]
+        return x, self.labels[rows].where(rows > self.seen[places][:, None], -1)
 
 
 class AnomalyTable(LightningDataModule):
@@ -69,11 +69,10 @@ class AnomalyTable(LightningDataModule):
     measured on the rows before.
 
     `look_back` is the length of a window (100 in the usual code); a task sets it. Training and
-    validation batches are (x [b, L, C],), the test's (x, labels [b, L], counted [b, L]), booleans.
+    validation batches are (x [b, L, C],), the test's (x, labels [b, L]): 1 an anomaly, 0 none.
     Test windows follow each other and all rows are in one. The last begins earlier, so that it
-    is whole: `counted` is False for those of its rows that the window before has. Scores and labels
-    where it is True are those of the rows, each once, in order. (The usual code drops the last
-    rows.)
+    is whole: those of its rows that the window before has are labelled -1 and do not count. The
+    others are the rows, each once, in order. (The usual code drops the last rows.)
     """
 
     def __init__(
@@ -194,7 +193,7 @@ class AnomalyTable(LightningDataModule):
             raise AdaptError(f"{path} has {len(labels)} labels, the test has {rows} rows")
         if wrong := sorted({*labels.tolist()} - {0.0, 1.0}):
             raise AdaptError(f"{path} has the label {wrong[0]:g}: 1 is an anomaly, 0 is none")
-        return torch.from_numpy(labels).bool()
+        return torch.from_numpy(labels).long()
 
 
 def tiled(rows: int, length: int) -> list[int]:
