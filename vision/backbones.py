@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
-import torch
 from torch import nn
 
 from ..core import backbone as core
+from ..core.building import seeded
 from ..core.errors import AdaptError
 from ..core.images.dinov2 import dinov2_small
 from ..core.images.preprocessing import Preprocessing
@@ -77,7 +77,7 @@ class TimmBackbone(Backbone):
         options = dict(self.options)
         if self.img_size is not None:
             options["img_size"] = self.img_size
-        with _seeded(self.seed), _quiet_hub():
+        with seeded(self.seed), _quiet_hub():
             return self._create(options)
 
     def preprocessing(self, model: nn.Module) -> Preprocessing:
@@ -123,14 +123,6 @@ def feature_width(model: nn.Module) -> int:
     if not isinstance(width, int):
         raise AdaptError(f"{type(model).__name__} does not say how wide its features are")
     return width
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw from `seed` and leave the caller's random state alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextmanager

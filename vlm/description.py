@@ -51,12 +51,12 @@ def describe(path: str | Path) -> Description:
             scale=float(said["scale"]),
         )
         class_prompts(found.classes, found.template)
+    except AdaptError as error:
+        raise StoreError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(
             f"{path} lacks or misstates {error} of an image-text classifier"
         ) from error
-    except AdaptError as error:
-        raise StoreError(f"{path}: {error}") from error
     if not 0 < found.scale < float("inf"):
         raise StoreError(f"{path}: scale={found.scale} is not allowed: above 0")
     return found
