@@ -54,6 +54,7 @@ class TimmBackbone(Backbone):
     Raises `AdaptError` for an unknown name (with the nearest ones), an option that the model does
     not take, and weights that do not exist or cannot be fetched: random ones never stand in.
 
+    >>> import torch
     >>> vit = TimmBackbone(
     ...     name="vit_tiny_patch16_224", pretrained=False, img_size=32, options={"depth": 1}
     ... ).build()
