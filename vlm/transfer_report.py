@@ -52,9 +52,10 @@ def _told(records: Sequence[Record]) -> str:
     templates = {r.data: f"{r.data} {r.template!r}" for r in records}
     same = len({record.template for record in records}) == 1
     said = repr(records[0].template) if same else ", ".join(templates.values())
+    shots = max(record.shots for record in records)
+    training = f" Trained on {shots} shots of {source}." if shots else ""
     return (
-        f"Top-1 %, mean +- standard deviation over the seeds {seeds}. Trained on"
-        f" {max(record.shots for record in records)} shots of {source}, backbone"
+        f"Top-1 %, mean +- standard deviation over the seeds {seeds}.{training} Backbone"
         f" {records[0].backbone}. Classes (test images): {', '.join(sizes.values())}. Every data"
         f" set is asked about its own classes. Template: {said}."
     )
