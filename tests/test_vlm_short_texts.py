@@ -20,6 +20,7 @@ from polyadapt.tests.vlm_models import (
 )
 from polyadapt.vlm.model import ImageText, image_text_of
 from polyadapt.vlm.names import sites_for
+from polyadapt.vlm.split import split_attention
 from polyadapt.vlm.text_features import TextFeatures
 
 LONGEST = 5  # of tokens(): texts of 3, 4 and 5 tokens
@@ -84,3 +85,14 @@ def test_the_end_of_an_old_checkpoint_of_transformers_is_the_largest_token() -> 
     pair.end = 19  # the same token by its name
     assert pair.shorter(tokens()).shape == (3, LONGEST)
     assert pair.shorter(tokens()[:1]).shape == (1, 3)
+
+
+def test_short_texts_are_one_graph() -> None:
+    model = clip()
+    split_attention(model)
+    pair = image_text_of(model)
+    attach(model, LoRA(rank=2), at=sites_for(model, "text"))
+    compiled = torch.compile(pair.text_features, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        found = compiled(pair.shorter(tokens()))
+        torch.testing.assert_close(found, pair.text_features(tokens()), rtol=0, atol=1e-6)
