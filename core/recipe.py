@@ -214,8 +214,11 @@ class Recipe:
         tensors = [p for module in modules for p in module.parameters() if p.requires_grad]
         return decay_groups(tensors, lr, weight_decay)
 
-    def check_state(self, state: Mapping[str, Tensor]) -> None:
-        """Refuse tensors whose names and shapes fit a set of this recipe, but not their numbers."""
+    def check_state(self, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        """Refuse tensors whose names and shapes fit a set of this recipe, but not their numbers.
+
+        `own` is what the set that is to have them holds now, by the same names.
+        """
 
     def to_json(self) -> dict[str, Any]:
         """The method's name and its fields as JSON values."""

@@ -86,7 +86,7 @@ class AdapterSet(nn.Module):
         """Copy tensors in; every name and shape must fit, else nothing is changed."""
         own = self.state_dict()
         check_tensors(state, own, f"set {self.name!r}")
-        self.recipe.check_state(state)
+        self.recipe.check_state(state, own)
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(state[key])

@@ -250,7 +250,7 @@ def test_a_damaged_bank_is_refused(tmp_path: Path, change: Any, words: str) -> N
 def test_numbers_that_a_method_refuses_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check_state(recipe: Recipe, state: dict[str, Tensor]) -> None:
+    def check_state(recipe: Recipe, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
         if float(state[".bank/B"].max()) > 9:
             raise StoreError("B is too large")
 

@@ -254,7 +254,7 @@ class S2LoRA(Recipe):
         index = torch.arange(number, dtype=torch.int16, device="cpu") if self.kept else None
         return S2LoRAAdapter(lam, self._names(site), self.scale, self.dropout, index)
 
-    def check_state(self, state: Mapping[str, Tensor]) -> None:
+    def check_state(self, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
         """A compact file names ranks of the bank, each once."""
         for key in (f"{site}/index" for site in self.kept):
             index = state[key].long()
