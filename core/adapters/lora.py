@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Scaling = Literal["standard", "rank_stabilised"]
 Init = Literal["kaiming", "gaussian"]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -170,12 +171,7 @@ class LoRA(Recipe):
 
     def check(self, sites: Sequence[Site]) -> None:
         """Refuse a pattern of `ranks` that no site fits."""
-        for pattern in self.ranks:
-            require(
-                any(fits(pattern, site) for site in sites),
-                f"{type(self).__name__}: ranks has {pattern!r}, which fits none of the"
-                f" {len(sites)} sites ({', '.join(s.name for s in sites[:3])}, ...)",
-            )
+        check_fitting(type(self).__name__, "ranks", self.ranks, sites)
 
     def renamed(self, names: Mapping[Site, str]) -> Self:
         """`ranks` by the new names of the sites that its patterns fit."""
@@ -185,15 +181,7 @@ class LoRA(Recipe):
 
     def rank_at(self, site: Site) -> int:
         """The rank of `ranks` there, else `rank`; patterns that disagree are refused."""
-        if not self.ranks:
-            return self.rank
-        found = {rank: pattern for pattern, rank in self.ranks.items() if fits(pattern, site)}
-        require(
-            len(found) <= 1,
-            f"{type(self).__name__}: ranks gives {site.name} different ranks:"
-            f" {' and '.join(map(repr, found.values()))}; let one pattern fit it",
-        )
-        return next(iter(found), self.rank)
+        return at_site(type(self).__name__, "ranks", self.ranks, site, self.rank)
 
     def least_numbers(self, site: Site) -> int | None:
         """A and B."""
@@ -274,6 +262,32 @@ def fits(pattern: str, site: Site) -> bool:
         if not choice.parts or site.part in choice.parts
         for path in paths
     )
+
+
+def check_fitting(
+    method: str, setting: str, by_pattern: Mapping[str, Any], sites: Sequence[Site]
+) -> None:
+    """Refuse a pattern that no site fits."""
+    for pattern in by_pattern:
+        require(
+            any(fits(pattern, site) for site in sites),
+            f"{method}: {setting} has {pattern!r}, which fits none of the"
+            f" {len(sites)} sites ({', '.join(s.name for s in sites[:3])}, ...)",
+        )
+
+
+def at_site(
+    method: str, setting: str, by_pattern: Mapping[str, Value], site: Site, default: Value
+) -> Value:
+    """What the patterns say of this site, else the default; those that disagree are refused."""
+    held = by_pattern.items()
+    found = {(type(value), value): p for p, value in held if fits(p, site)}  # 1 is not 1.0
+    require(
+        len(found) <= 1,
+        f"{method}: {setting} gives {site.name} different {setting}:"
+        f" {' and '.join(map(repr, found.values()))}; let one pattern fit it",
+    )
+    return next((value for _, value in found), default)
 
 
 def fitted(pattern: str, names: Mapping[Site, str]) -> list[str]:
