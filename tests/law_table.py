@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from polyadapt.core import (
     IA3,
+    SALT,
+    SSAM,
     VPT,
     AdaLoRA,
     AdapterPlus,
@@ -123,6 +125,20 @@ def beside(
     return Row(recipe=recipe, layers=layers, trained=trained, stored=stored, output=True, like=like)
 
 
+def spectral(recipe: SALT, like: str = "") -> Row:
+    """SALT at every matrix: its full clamp has the weight form alone."""
+
+    def trained(s: Site) -> int:
+        return int(2 * recipe.top + 2 * recipe.rank * (min(s.shape) - recipe.top))
+
+    def stored(s: Site) -> int:
+        k = min(s.shape)
+        return trained(s) + (k if recipe.vectors == "recomputed" else k * (1 + sum(s.shape)))
+
+    row = replace(both_forms(recipe, trained, like), stored=stored)
+    return replace(row, output=recipe.clamp != "full")
+
+
 def in_place(recipe: Recipe, layers: Sequence[str]) -> Row:
     """A method that trains a copy of a parameter."""
     return Row(recipe=recipe, layers=layers, trained=size, weight=True)
@@ -163,6 +179,22 @@ ROWS = {
     "S2LoRA": replace(
         both_forms(S2LoRA(rank=3, alpha=24, share="shape"), trained=lambda s: 3),
         shared=pair_per_shape,
+    ),
+    "SALT": spectral(SALT(top=1, rank=2)),
+    "SALT, vectors in the file": spectral(
+        SALT(top=1, rank=2, clamp="none", init="gaussian", vectors="stored"), like="SALT"
+    ),
+    "SALT, full clamp": spectral(SALT(top=4, rank=5, clamp="full")),
+    "SALT, full clamp, paper's start": replace(
+        spectral(SALT(top=4, rank=5, clamp="full", init="paper"), like="SALT, full clamp"),
+        near=False,  # 0.001 of the largest output where the spectrum is flat
+    ),
+    "SSAM": Row(
+        recipe=SSAM(),
+        layers=MATRICES,
+        trained=lambda s: 2 * min(s.shape),
+        stored=lambda s: 3 * min(s.shape),
+        weight=True,
     ),
     "IA3": both_forms(IA3(), trained=lambda s: s.shape[0]),
     "IA3, inputs": replace(

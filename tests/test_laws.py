@@ -101,7 +101,7 @@ def test_both_forms_and_the_merged_weights_agree(
     cell: Cell, precision: str, training: bool
 ) -> None:
     dtype, bound = PRECISIONS[precision]
-    model, twin = cell.model().to(dtype), cell.model()
+    model, twin = (cell.model().to(dtype) for _ in range(2))
     adapters = cell.adapted(model)
     by_weight = cell.attach(twin, slot="weight") if cell.both_forms else None
     x, around = _precisely(precision, cell.inputs())
@@ -109,7 +109,6 @@ def test_both_forms_and_the_merged_weights_agree(
         y = _without_dropout(model, adapters, x, training)
         if by_weight:
             by_weight.load_state_dict(adapters.state_dict())
-            twin.to(dtype)
             assert apart(y, _without_dropout(twin, by_weight, x, training)) <= bound
         adapters.merge()
         assert apart(y, _without_dropout(model, adapters, x, training)) <= bound
