@@ -236,6 +236,8 @@ def test_every_configuration_is_whole_and_its_model_can_be_built(path: Path) -> 
 
     save_colours()
     words = ["--config", str(path), "--model.backbone=TinyCLIP"]
+    if path.stem.startswith("offline"):  # for the images that a user has
+        words.append("--data.init_args.path=arrays.npz")
     with calm():
         built = DomainCLI(DOMAIN, "fit", words)
     assert built.model.adapters.trainable_count() > 0
