@@ -19,6 +19,7 @@ from polyadapt.core.recipe import ActsOnOutput, LowRank
 from polyadapt.core.sites import Site
 from polyadapt.core.spectral import Spectrum, decomposed
 from polyadapt.tests.factor_cases import layers, site_at, stir
+from polyadapt.tests.law_models import LAYERS, tokens
 
 W0 = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
 CLAMPS = ["diagonal", "full", "none"]
@@ -307,6 +308,24 @@ def test_sets_act_together_with_others_and_merge(recipe: Recipe) -> None:
     assert not torch.allclose(both, alone)
     made.merge()
     torch.testing.assert_close(model(x), alone)
+
+
+def test_parts_of_one_projection_may_act_in_different_ways() -> None:
+    model, x = LAYERS["rows of a linear"].model(), tokens()
+    recipe = SALT(top=1, rank=2, tops={"qkv[v]": 1.0})
+    made, other = (attach(model, recipe, at="qkv[q,v]", name=name) for name in "ab")
+    assert [isinstance(a, ActsOnOutput) for a in made.adapters.values()] == [True, False]
+    stir(made)
+    stir(other, 0.2)
+    names = ["b", None, "a", "b"]
+    with torch.no_grad(), activate(model, per_sample=names):
+        mixed = model(x)
+    for n, name in enumerate(names):
+        with torch.no_grad(), activate(model, name):
+            torch.testing.assert_close(model(x[n : n + 1])[0], mixed[n], rtol=1e-5, atol=1e-5)
+    other.detach()
+    made.merge()
+    torch.testing.assert_close(model(x)[2], mixed[2], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("clamp", CLAMPS)
