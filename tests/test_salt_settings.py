@@ -154,6 +154,8 @@ def test_norms_are_not_squared_and_sites_are_summed() -> None:
         s, (a, b, x, y) = adapter.get_buffer("s")[:2], adapter.parameters()
         total += ((a * s + b - s).norm() + (x @ y).norm()).item()
     assert made.penalty().item() == pytest.approx(0.5 * total)
+    with torch.autocast("cpu", torch.bfloat16):  # as a training step in mixed precision asks
+        assert made.penalty().item() == pytest.approx(0.5 * total)
 
 
 def test_s_sams_regulariser_is_its_own() -> None:

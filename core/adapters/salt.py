@@ -117,8 +117,9 @@ class SpectralAdapter(Adapter):
 
     def departure(self) -> Tensor:
         """||a s_r + b - s_r||_2 + ||X Y||_F: norms, not their squares."""
-        parts = [self.scaled() - self.s[: self.top]] if self.top else []
-        parts += [self.product()] if self.top < len(self.s) else []
+        with without_autocast(self.U):
+            parts = [self.scaled() - self.s[: self.top]] if self.top else []
+            parts += [self.product()] if self.top < len(self.s) else []
         return torch.stack([torch.linalg.vector_norm(part) for part in parts]).sum()
 
     def extra_repr(self) -> str:
