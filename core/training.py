@@ -135,9 +135,12 @@ class AdaptedModule(LightningModule, ABC):
 
     def configure_model(self) -> None:
         require_strategy(self.trainer.strategy)
-        # DDP cannot send sparse buffers, and every process has built the same (Whisper has one).
-        sparse = [name for name, buffer in self.named_buffers() if buffer.is_sparse]
-        self._ddp_params_and_buffers_to_ignore = sparse  # the name that DDP looks for
+        # DDP would send buffers in every step, and cannot send sparse ones (Whisper has one). What
+        # no file keeps, every process has computed alike: SALT's singular vectors are large.
+        ignored = {name for name, buffer in self.named_buffers() if buffer.is_sparse}
+        for path, module in self.named_modules():
+            ignored |= {f"{path}.{name}" for name in module._non_persistent_buffers_set}
+        self._ddp_params_and_buffers_to_ignore = sorted(ignored)  # the name that DDP looks for
 
     def on_fit_start(self) -> None:
         self._total = self._total_steps()

@@ -15,10 +15,10 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
-from polyadapt.core import AdaptError, LoRA, cli
+from polyadapt.core import SALT, AdaptError, LoRA, cli
 from polyadapt.core.store import read_file
 from polyadapt.core.training import require_strategy
-from polyadapt.tests.test_training import QKV, Task
+from polyadapt.tests.test_training import QKV, Task, fit
 from polyadapt.tests.vision_cases import CODE, configuration, save_labelled, write
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -139,3 +139,12 @@ def test_the_command_refuses_such_a_strategy_before_it_starts_processes(
         "strategy DDPStrategy with start_method='spawn' is not supported" in capsys.readouterr().err
     )
     assert not Path("runs").exists()
+
+
+def test_processes_do_not_send_each_other_what_each_has_computed() -> None:
+    task = Task(SALT(top=2, rank=2), QKV)
+    fit(task)
+    ignored = task._ddp_params_and_buffers_to_ignore
+    sizes = {name: buffer.numel() for name, buffer in task.named_buffers() if name in ignored}
+    assert {name.rpartition(".")[2] for name in sizes} == {"U", "s", "V"}
+    assert sum(sizes.values()) == 48 * 16 + 16 + 16 * 16
