@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import open_clip
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from polyadapt.benchmarks.rounds import interleaved, machine, one_thread
+from polyadapt.benchmarks.training_step import kept, step
 from polyadapt.core import AdapterSet, BlockLoRA, LoRA, Recipe, attach
 from polyadapt.core.adapters.block_lora import as_plain
 from polyadapt.vlm.names import sites_for
@@ -63,36 +63,6 @@ def multiply_adds(model: nn.Module, images: Tensor, texts: Tensor) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def kept(model: nn.Module, images: Tensor, texts: Tensor) -> float:
-    """MiB that autograd keeps for backward: storages, each once, without parameters."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = loss_of(model, images, texts)
-    total = sum(seen.values()) / 2**20
-    del loss
-    return total
-
-
-def step(model: nn.Module, images: Tensor, texts: Tensor) -> Callable[[], Any]:
-    """Forward, backward, AdamW."""
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-    def call() -> None:
-        optimiser.zero_grad()
-        loss_of(model, images, texts).backward()
-        optimiser.step()
-
-    return call
-
-
 def exported(made: AdapterSet) -> int:
     """Numbers of the set as it is served: arms summed, A written out."""
     if not isinstance(made.recipe, BlockLoRA):
@@ -119,10 +89,10 @@ def main() -> None:
         model, made = clip(recipe)
         assert made is not None
         more = (multiply_adds(model, images, texts) - base) / 1e6
-        size = kept(model, images, texts)
+        size = kept(model, images, texts, loss_of=loss_of)
         counts = f"{made.trainable_count():,} trained, {exported(made):,} served"
         told[name] = f"{counts}; {more:.1f} M multiply-adds more; {size:.0f} MiB kept"
-        calls[name] = step(model, images, texts)
+        calls[name] = step(model, images, texts, loss_of=loss_of)
     taken = interleaved(calls, asked.rounds)
     first = next(iter(calls))
     for name in calls:

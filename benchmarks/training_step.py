@@ -33,19 +33,27 @@ def model(kind: str) -> nn.Module:
     return made
 
 
-def step(made: nn.Module, images: Tensor) -> Callable[[], Any]:
+def squares(made: nn.Module, images: Tensor) -> Tensor:
+    """A loss that needs no labels."""
+    loss: Tensor = made(images).square().mean()
+    return loss
+
+
+def step(
+    made: nn.Module, *inputs: Tensor, loss_of: Callable[..., Tensor] = squares
+) -> Callable[[], Any]:
     """Forward, backward and an AdamW step."""
     optimiser = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-4)
 
     def call() -> None:
         optimiser.zero_grad()
-        made(images).square().mean().backward()
+        loss_of(made, *inputs).backward()
         optimiser.step()
 
     return call
 
 
-def kept(made: nn.Module, images: Tensor) -> float:
+def kept(made: nn.Module, *inputs: Tensor, loss_of: Callable[..., Tensor] = squares) -> float:
     """MiB of activations that autograd keeps for backward: storages, each once, not parameters."""
     own = {p.untyped_storage().data_ptr() for p in made.parameters()}
     seen: dict[int, int] = {}
@@ -57,7 +65,7 @@ def kept(made: nn.Module, images: Tensor) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = made(images).square().mean()
+        loss = loss_of(made, *inputs)
     total = sum(seen.values()) / 2**20
     del loss
     return total
