@@ -72,6 +72,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
     ({"init_lora_weights": 1}, "init_lora_weights is 1"),
     ({"r": 0}, "r is 0; allowed: a whole number from 1"),
+    ({"r": 10**400}, "allowed: a whole number from 1 to 1e[+]300"),
+    ({"rank_pattern": {"fc": 10**400}}, "allowed: a whole number from 1 to 1e[+]300"),
     ({"r": True}, "r is True"),
     ({"r": 10**30}, "fc"),
     ({"r": 3}, "rank 3 at fc"),

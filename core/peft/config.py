@@ -17,6 +17,8 @@ from ..errors import StoreError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 METHODS = ("LORA", "ADALORA")
+MOST = 10**300
+"""Of a rank or a number of steps: JSON's whole numbers have no end, those that a float holds do."""
 
 # Names and versions, how start values were drawn (the file's tensors replace them), how a GPU is
 # used, how W0 is stored (PEFT corrects it by the layer's class), and qalora's size without qalora.
@@ -168,8 +170,8 @@ def _short(value: object) -> str:
 
 def _whole(fields: Mapping[str, Any], key: str, default: int, least: int = 1) -> int:
     value = fields.get(key, default)
-    if type(value) is not int or value < least:
-        raise _wrong(key, value, f"a whole number from {least}")
+    if type(value) is not int or not least <= value <= MOST:
+        raise _wrong(key, value, f"a whole number from {least} to {MOST:.0e}")
     return value
 
 

@@ -18,7 +18,7 @@ from ..kinds import is_called_layer, kind_of, layer_at, layer_class, stored_at
 from ..readers import reach
 from ..sets import AdapterSet, build_set, check_tensors, install
 from ..sites import Site, Sites, select
-from .config import PeftConfig, divisor, read_config, read_schedule
+from .config import MOST, PeftConfig, divisor, read_config, read_schedule
 from .head import read_head
 from .names import lookup, targeted
 from .reads import refuse_unless_called
@@ -159,8 +159,10 @@ def _layer(
         scale = alpha / (config.rank + 1e-5)
         return _Layer(place, site, config.rank, scale, _kept(config, site.path))
     rank = ranks(site.path, config.rank)
-    if type(rank) is not int or rank < 1:
-        raise StoreError(f"rank_pattern gives {site.path} {rank!r}; allowed: a whole number from 1")
+    if type(rank) is not int or not 1 <= rank <= MOST:
+        raise StoreError(
+            f"rank_pattern gives {site.path} {rank!r}; allowed: a whole number from 1 to {MOST:.0e}"
+        )
     scale = alphas(site.path, config.alpha) / divisor(rank, config.rank_stabilised)
     return _Layer(place, site, rank, scale, range(rank))
 
