@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from polyadapt.core.errors import AdaptError
@@ -14,6 +15,7 @@ from polyadapt.core.wheels import WheelFile
 from polyadapt.vision.medical import lite_medsam as module
 from polyadapt.vision.medical.backbones import LiteMedSAM
 from polyadapt.vision.medical.lite_medsam import WEIGHTS, lite_medsam
+from polyadapt.vision.medical.mask_head import ClassToken, MaskHead
 from polyadapt.vision.medical.sam import Prompt, SegmentAnything
 
 pytestmark = pytest.mark.slow
@@ -65,6 +67,34 @@ def test_the_box_decides_what_is_found(lite: SegmentAnything) -> None:
 def test_at_its_own_size_the_disc_is_found_to_the_pixel() -> None:
     picture, mask, box = _disc(256)
     assert _dice(lite_medsam()(picture, Prompt(boxes=box)), mask) > 0.98
+
+
+def test_a_head_learns_to_find_discs_without_a_box(lite: SegmentAnything) -> None:
+    """On features that are computed once; the discs that it is asked for are not those it saw."""
+    lite.requires_grad_(False)
+    (seen, there), (asked, wanted) = _discs(8), _discs(8)
+    with torch.no_grad():
+        known, unknown = lite.encode(seen), lite.encode(asked)
+    head = MaskHead(lite, prompt=ClassToken(lite), whole_box=True)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=5e-4)
+    for _ in range(15):
+        p = head(lite, seen, embeddings=known).sigmoid()
+        loss = 1 - 2 * (p * there).sum() / (p + there).sum() + F.binary_cross_entropy(p, there)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = head(lite, asked, embeddings=unknown) > 0
+    assert 2 * (found * wanted).sum() / (found + wanted).sum() > 0.8
+
+
+def _discs(count: int) -> tuple[Tensor, Tensor]:
+    """Discs of any place and size: pictures [n, 3, 64, 64] and masks [n, 1, 64, 64]."""
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    column, row, size = torch.rand(3, count, 1, 1)
+    mask = (x - 16 - 32 * column) ** 2 + (y - 16 - 32 * row) ** 2 < (6 + 10 * size) ** 2
+    pictures = (0.2 + 0.5 * mask + 0.1 * torch.randn(mask.shape)).clamp(0, 1)
+    return pictures[:, None].expand(-1, 3, -1, -1), mask[:, None].float()
 
 
 def test_a_damaged_file_or_a_missing_wheel_is_refused(

@@ -213,6 +213,19 @@ def test_a_class_token_starts_as_the_mark_of_the_object_and_gives_a_mask_per_cla
     assert MaskHead(model, prompt=token)(model, images()).shape == (2, 3, SIZE, SIZE)
 
 
+@torch.no_grad()
+def test_a_head_may_put_a_box_around_the_whole_square_where_none_is_given() -> None:
+    model, seen = sam(), images()
+    head = MaskHead(model, prompt=ClassToken(model, classes=3), whole_box=True)
+    square = torch.tensor([0.0, 0, SIZE - 1, SIZE - 1]).expand(2, 3, 4)
+    assert torch.equal(head(model, seen), head(model, seen, Prompt(boxes=square)))
+    other = BOXES.expand(2, 3, 4)
+    plain = MaskHead(model, prompt=ClassToken(model, classes=3))
+    assert torch.equal(
+        head(model, seen, Prompt(boxes=other)), plain(model, seen, Prompt(boxes=other))
+    )
+
+
 def test_of_a_text_token_the_affine_learns_and_the_features_travel() -> None:
     model, features = sam().requires_grad_(False), torch.randn(2, 5)
     head = MaskHead(model, parts=[], prompt=TextToken(model, features))

@@ -78,7 +78,8 @@ class MaskHead(nn.Module):
     `parts` name what of the SAM is trained (see `PARTS`): their copies act in the head's calls
     only, so that one frozen SAM serves many tasks. `prompt` gives the classes' tokens; without one,
     a call needs boxes or points, or SAM guesses. Tokens come on top of other prompts, which are
-    then for as many masks.
+    then for as many masks. `whole_box` puts a box around the whole square where a call has none: a
+    start for SAMs that were trained with boxes alone, such as LiteMedSAM (our choice).
 
     The head does not own the SAM. Raises `AdaptError` for an unknown part, one that this SAM lacks,
     and one with a tensor that an attached adapter set adapts.
@@ -90,8 +91,10 @@ class MaskHead(nn.Module):
         *,
         parts: Sequence[str] = DECODER,
         prompt: ClassToken | TextToken | None = None,
+        whole_box: bool = False,
     ) -> None:
         super().__init__()
+        self.whole_box = whole_box
         self.prompt = prompt
         found = dict.fromkeys(name for part in parts for name in part_names(sam, part))
         _require_free(sam, found)
@@ -113,13 +116,22 @@ class MaskHead(nn.Module):
         """
         if embeddings is not None and any(n.startswith("vision_encoder/") for n in self.copies):
             raise AdaptError("this head trains parts of the encoder: known embeddings lack them")
-        prompt = prompt or Prompt()
-        if self.prompt is not None:
-            prompt = dataclasses.replace(prompt, tokens=self.prompt())
+        prompt = self._completed(prompt or Prompt(), images)
         named = {name.replace("/", "."): copy for name, copy in self.copies.items()}
         own = {name: copy.to(sam.get_parameter(name).dtype) for name, copy in named.items()}
         logits: Tensor = functional_call(sam, own, (images, prompt, embeddings), tie_weights=False)
         return logits
+
+    def _completed(self, prompt: Prompt, images: Tensor) -> Prompt:
+        """The prompt with the head's own tokens and box."""
+        tokens = None if self.prompt is None else self.prompt()
+        if tokens is not None:
+            prompt = dataclasses.replace(prompt, tokens=tokens)
+        if self.whole_box and prompt.boxes is None:
+            corners = images.new_tensor([0, 0, images.shape[-1] - 1, images.shape[-2] - 1])
+            masks = 1 if tokens is None else len(tokens)
+            prompt = dataclasses.replace(prompt, boxes=corners.expand(len(images), masks, 4))
+        return prompt
 
 
 def _require_free(sam: SegmentAnything, names: Iterable[str]) -> None:
