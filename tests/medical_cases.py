@@ -9,7 +9,10 @@ import numpy as np
 from PIL import Image
 
 from polyadapt.vision.medical.files import File
-from polyadapt.vision.medical.vessels import vessel_picture
+from polyadapt.vision.medical.vessels import Vessels, vessel_picture
+
+# Few and thick, which are drawn at once.
+SPARSE = Vessels(trunks=3, width=0.06, least=0.03)
 
 
 def as_nifti(
@@ -29,13 +32,13 @@ def as_dicom(path: Path, values: Any, **tags: Any) -> File:
     """Save uint16 [rows, columns] or [frames, rows, columns] as DICOM; None takes a tag away."""
     import pydicom
     from pydicom.dataset import FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian
+    from pydicom.uid import UID, ExplicitVRLittleEndian
 
     made = pydicom.Dataset()
     made.file_meta = FileMetaDataset()
     made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    made.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
-    made.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    made.file_meta.MediaStorageSOPClassUID = UID("1.2.840.10008.5.1.4.1.1.2")
+    made.file_meta.MediaStorageSOPInstanceUID = UID("1.2.3")
     made.Rows, made.Columns = values.shape[-2:]
     made.BitsAllocated, made.BitsStored, made.HighBit = 16, 16, 15
     made.PixelRepresentation, made.SamplesPerPixel = 0, 1
@@ -57,6 +60,6 @@ def save_vessels(
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "masks").mkdir(exist_ok=True)
     for seed, name in enumerate(names):
-        picture, mask = vessel_picture(seed, side, side + 8)
+        picture, mask = vessel_picture(seed, side, side + 8, SPARSE)
         Image.fromarray((picture * 255).astype(np.uint8)).save(folder / f"images/{name}.png")
         Image.fromarray(mask * np.uint8(255)).save(folder / f"masks/{name}{mask_suffix}.png")

@@ -149,10 +149,11 @@ def _one_channel(values: Values, file: File) -> Values:
     """[h, w] of a mask in grey, in one colour on black, or in transparency."""
     if values.ndim == 2:
         return values
-    colours, opaque = values[..., :3], values[..., -1]
+    colours: Values = values[..., :3]
+    opaque: Values = values[..., -1]
     if values.shape[-1] == 4 and (colours == colours[0, 0]).all() and np.ptp(opaque):
         return opaque
-    first = colours[..., 0]
+    first: Values = colours[..., 0]
     if (colours == first[..., None]).all():
         return first
     marked = colours.any(axis=-1)
@@ -162,7 +163,7 @@ def _one_channel(values: Values, file: File) -> Values:
             f"the mask {file} has {len(kinds)} colours on black: a mask marks in one colour, or in"
             " grey values of which `labels` names those that count"
         )
-    return marked.astype(np.uint8)
+    return np.asarray(marked.astype(np.uint8))
 
 
 def _binary(values: Values, file: File, labels: tuple[int, ...]) -> Mask:
@@ -172,9 +173,9 @@ def _binary(values: Values, file: File, labels: tuple[int, ...]) -> Mask:
     if len(found) == 1:  # nothing is marked, or everything
         return np.full(values.shape, found[0] != 0, dtype=np.uint8)
     if len(found) == 2 and found[0] == 0:
-        return (values != 0).astype(np.uint8)
+        return np.asarray(values != 0, dtype=np.uint8)
     if values.dtype == np.uint8 and _two_and_their_blur(values):
-        return (values >= 128).astype(np.uint8)
+        return np.asarray(values >= 128, dtype=np.uint8)
     listed = ", ".join(f"{value:g}" for value in found[:5]) + (", ..." if len(found) > 5 else "")
     raise AdaptError(
         f"the mask {file} has the values {listed}: wanted are 0 and one other; `labels` names those"

@@ -97,7 +97,7 @@ def _nifti(path: Path) -> tuple[Values, Spacing | None]:
 
 
 def _dicom(path: Path) -> tuple[Values, Spacing | None]:
-    from monai.data import PydicomReader
+    from monai.data.image_reader import PydicomReader
 
     reader = PydicomReader(swap_ij=False)
     opened = reader.read(path)

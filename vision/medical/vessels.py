@@ -26,16 +26,17 @@ class Vessels:
     """How trees grow and what a picture of them looks like; lengths are parts of the shorter side.
 
     trunks: vessels that leave the root; width: radius of the widest; least: radius below which a
-    vessel ends; length: of a vessel between two divisions, per radius; wiggle: standard deviation
-    of its turn at each step, in radians; contrast: of the vessels, 0 to 1; noise: of the picture,
-    as the standard deviation at full brightness; colour: like a fundus photograph, else grey.
+    vessel ends; length: of a vessel between two divisions, in radii; wiggle: standard deviation of
+    its turn at each step of two radii, in radians; contrast: of the vessels, 0 to 1; noise: of the
+    picture, as the standard deviation at full brightness; colour: like a fundus photograph, else
+    grey.
     """
 
     trunks: int = 5
     width: float = 0.014
     least: float = 0.003
     length: float = 9.0
-    wiggle: float = 0.12
+    wiggle: float = 0.17
     contrast: float = 0.45
     noise: float = 0.03
     colour: bool = True
@@ -91,9 +92,10 @@ def _walk(
     pieces: list[tuple[float, ...]],
 ) -> tuple[NDArray[np.float64], float]:
     """One vessel, appended to the pieces; returns where it ends and in which direction."""
-    for _ in range(max(2, round(how.length * draw.uniform(0.7, 1.3)))):
+    for _ in range(max(1, round(how.length / 2 * draw.uniform(0.7, 1.3)))):
         heading += how.wiggle * draw.standard_normal()
-        step = np.array([math.sin(heading), math.cos(heading)]) * max(radius, 2 * how.least)
+        # Thin vessels run further, for their width, than thick ones.
+        step = np.array([math.sin(heading), math.cos(heading)]) * 2 * max(radius, 2 * how.least)
         pieces.append((*at, *(at + step), radius))
         at = at + step
         if not _inside(at):
@@ -121,7 +123,7 @@ def _inside(point: NDArray[np.float64]) -> bool:
 def draw_mask(tree: NDArray[np.float64], height: int, width: int) -> Mask:
     """uint8 [height, width]: 1 where the middle of the pixel lies in a vessel, else 0.
 
-    >>> draw_mask(np.array([[0.5, 0.0, 0.5, 1.0, 0.2]]), 5, 3)[:, 1].tolist()
+    >>> draw_mask(np.array([[0.5, 0.0, 0.5, 1.0, 0.34]]), 5, 3)[:, 1].tolist()
     [0, 1, 1, 1, 0]
     """
     return (_depth(tree, height, width) >= 0).astype(np.uint8)
@@ -190,4 +192,5 @@ def _background(draw: Generator, height: int, width: int) -> NDArray[np.float64]
     for _ in range(6):
         pull, phase = draw.uniform(-4, 4, size=2), draw.uniform(0, 2 * math.pi)
         light = light + 0.025 * np.sin(2 * math.pi * (pull[0] * y + pull[1] * x) + phase)
-    return np.clip(light, 0.05, 1)
+    shaded: NDArray[np.float64] = np.clip(light, 0.05, 1)
+    return shaded

@@ -103,10 +103,15 @@ class View:
         return self._padded(self._valued(seen))
 
     def mask(self, mask: Mask) -> Tensor:
-        """uint8 [h, w] of 0 and 1 -> float32 [1, side, side] of 0 and 1: the nearest pixel's."""
+        """uint8 [h, w] of 0 and 1 -> float32 [1, side, side] of 0 and 1: 1 from half a pixel on."""
+        return (self.shares(mask) >= 0.5).float()
+
+    def shares(self, mask: Mask) -> Tensor:
+        """uint8 [h, w] of 0 and 1 -> float32 [1, side, side]: the share of each pixel's area."""
         height, width = self.scaled(*mask.shape)
-        small = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
-        return self._padded(torch.from_numpy(np.array(small, dtype=np.float32))[None])
+        whole = Image.fromarray(mask * np.uint8(255))
+        small = np.array(whole.resize((width, height), Image.Resampling.BOX), dtype=np.float32)
+        return self._padded(torch.from_numpy(small)[None] / 255)
 
     def native(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
         """Logits [..., h, w] of the whole square, at any resolution -> [..., *size]: the picture.
