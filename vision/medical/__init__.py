@@ -1,0 +1,1 @@
+"""Segmentation of medical pictures: vessels, SAM, and the files that clinics use."""
