@@ -129,10 +129,10 @@ def check_marks(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
         site, _, name = key.rpartition("/")
         if name != MARK:
             continue
-        apart = (mark.to(own[key]) - own[key]).abs()
-        if bool((apart > MARK_TOLERANCE).any()):
+        apart = (mark.to(own[key]) - own[key]).abs() > MARK_TOLERANCE
+        if bool(apart.any()):
             raise AdaptError(
-                f"{site}: singular vector {int(apart.argmax()) + 1} of its weight is not the one"
+                f"{site}: singular vector {int(apart.int().argmax()) + 1} of its weight is not the one"
                 " that the set was trained with: the weight is another (or was cast), or the vector"
                 " cannot be found again here; only a set with vectors='stored' brings its own"
             )
