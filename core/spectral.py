@@ -131,10 +131,11 @@ def check_marks(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
             continue
         apart = (mark.to(own[key]) - own[key]).abs() > MARK_TOLERANCE
         if bool(apart.any()):
+            first = int(apart.int().argmax()) + 1
             raise AdaptError(
-                f"{site}: singular vector {int(apart.int().argmax()) + 1} of its weight is not the one"
-                " that the set was trained with: the weight is another (or was cast), or the vector"
-                " cannot be found again here; only a set with vectors='stored' brings its own"
+                f"{site}: singular vector {first} of its weight is not the one that the set was"
+                " trained with: the weight is another (or was cast), or the vector cannot be found"
+                " again here; only a set with vectors='stored' brings its own"
             )
 
 
