@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -153,8 +154,8 @@ class Region:
         self.block = block
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        inside = id(self.block) in _running()
-        if inside or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        plain = id(self.block) in _running() or _within_larger()
+        if plain or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return nn.Module._call_impl(self.block, *args, **kwargs)
         _refuse_cache(type(self.block).__name__, (*args, *kwargs.values()))
         # The second run is in backward, perhaps in another thread: what was given to the first by
@@ -179,6 +180,29 @@ class Region:
 
 
 _threads = threading.local()
+
+
+@contextmanager
+def within_larger() -> Iterator[None]:
+    """Within, in this thread: blocks run as they are.
+
+    For both runs of a checkpointed call of more than a block: what its blocks kept in the first
+    run would stay in memory until the second, which makes it anew.
+
+    >>> with within_larger():
+    ...     _within_larger()
+    True
+    """
+    before = _within_larger()
+    _threads.larger = True
+    try:
+        yield
+    finally:
+        _threads.larger = before
+
+
+def _within_larger() -> bool:
+    return getattr(_threads, "larger", False)
 
 
 def _running() -> set[int]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polyadapt.benchmarks.text_side import Live
 from polyadapt.core import LoRA, S2LoRA, activate, attach, recompute, sets_of, switch
 from polyadapt.core.errors import AdaptError
 from polyadapt.vlm.text_features import TextFeatures, class_features, encode
@@ -123,6 +124,19 @@ def test_chunks_of_blocks_that_are_recomputed_have_the_same_gradients() -> None:
     with recompute(pair.model):
         parts = gradients(pair, encode(pair, tokens(), 3))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, parts, strict=True))
+
+
+def test_blocks_that_are_recomputed_keep_nothing_of_a_chunk() -> None:
+    pair = adapted("blocks.*.{0,3}")
+    kept = {}
+    with recompute(pair.model):
+        for chunk in (None, 3):
+            with Live({p.untyped_storage().data_ptr() for p in pair.model.parameters()}) as live:
+                features = encode(pair, tokens(), chunk)
+            kept[chunk] = live.now
+            gradients(pair, features)
+    assert kept[None] > CLASSES * 5 * 16 * 4  # an activation of the first layer is among them
+    assert kept[3] < 2 * (CLASSES * 5 + CLASSES * 8) * 8  # tokens and features
 
 
 def test_in_chunks_only_tokens_are_kept_for_backward() -> None:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.activation import Stamp, current
 from ..core.drawer import Drawer, find_drawer, own_parameters
 from ..core.errors import AdaptError
+from ..core.recomputation import within_larger
 from ..core.sets import AdapterSet
 from .names import encoder_of
 from .prompts import class_tokens
@@ -77,7 +78,8 @@ def _encode_again(pair: TextTower, tokens: Tensor) -> Tensor:
 
 def _stamped(pair: TextTower, tokens: Tensor) -> Tensor:
     """Features that tell backward which sets made them: a tower may be called without its root."""
-    features = pair.text_features(tokens)
+    with within_larger():
+        features = pair.text_features(tokens)
     drawer = find_drawer(pair.model)
     if drawer is not None:
         Stamp(drawer)(pair.model, (), features)
