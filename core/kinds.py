@@ -127,6 +127,20 @@ def parts_of(
         yield part, (start, start + size), (size, *matrix.shape[1:])
 
 
+def refuse_interleaved(owner: nn.Module | None, path: str, pattern: Pattern) -> None:
+    """Where q, k, v of each head lie together, equal parts in a row would be wrong rows.
+
+    LeViT, and after it TinyViT and EfficientFormer, divide each head's outputs into `key_dim`,
+    `key_dim` and the rest: their attention is known by that attribute.
+    """
+    if pattern.parts and hasattr(owner, "key_dim"):
+        kind = f"{type(owner).__module__}.{type(owner).__name__}"
+        raise SiteError(
+            f"pattern {pattern.text!r}: {path} of {kind} keeps q, k, v of each head together, so"
+            f" it has no parts: leave out [{','.join(pattern.parts)}]"
+        )
+
+
 def _letters(module: nn.Module, path: str, parameter: str, d_out: int) -> str | None:
     leaf = path.rsplit(".", 1)[-1]
     own_name = parameter if parameter.startswith("in_proj") else leaf

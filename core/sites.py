@@ -13,7 +13,14 @@ from torch.nn.parameter import is_lazy
 
 from .drawer import own_modules
 from .errors import SiteError
-from .kinds import is_called_layer, kind_of, parts_of, stored_at, width_of
+from .kinds import (
+    is_called_layer,
+    kind_of,
+    parts_of,
+    refuse_interleaved,
+    stored_at,
+    width_of,
+)
 from .patterns import Pattern, parse
 from .readers import reach
 
@@ -189,6 +196,7 @@ def _sites_at(names: _Names, path: str, parameter: str | None, pattern: Pattern)
         if pattern.parts:
             raise SiteError(f"pattern {pattern.text!r}: {path} is a whole module and has no parts")
         return [_block_site(path, module)]
+    refuse_interleaved(names.modules.get(path.rpartition(".")[0]), path, pattern)
     stored_at(module, path, parameter)
     slot, why, readers = reach(names.model, path, module, parameter, kind)
     return [

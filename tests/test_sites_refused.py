@@ -118,6 +118,18 @@ def test_rows_that_do_not_divide_into_the_parts_are_refused() -> None:
     assert "not a fused projection" in refusal(lambda: select(model, "qkv[q]"))
 
 
+def test_parts_of_a_projection_that_lies_head_by_head_are_refused() -> None:
+    """timm's TinyViT: rows 0 to 4 are q, k, v of the first head, not q of all."""
+    from timm.models.tiny_vit import Attention
+
+    model = nn.ModuleDict({"attn": Attention(dim=8, key_dim=4, num_heads=2, attn_ratio=1)})
+    assert refusal(lambda: select(model, "attn.qkv[q,v]")) == (
+        "pattern 'attn.qkv[q,v]': attn.qkv of timm.models.tiny_vit.Attention keeps q, k, v of each"
+        " head together, so it has no parts: leave out [q,v]"
+    )
+    assert names(select(model, "attn.qkv")) == ["attn.qkv"]
+
+
 def test_keys_and_values_of_cross_attention_share_a_projection() -> None:
     """GPT-2's cross-attention: `c_attn` holds k and v, twice its input wide."""
     model = nn.ModuleDict({"c_attn": Conv1D(4, 8)})
