@@ -1,9 +1,9 @@
 """What a pointmap network answers about two images, and what every such network is.
 
-Conventions of this folder: images [b, 3, h, w] in 0..1 (RGB). Column i has its centre at u = i + 0.5,
-row j at v = j + 0.5; the principal point is (w / 2, h / 2). Cameras look along +z, x to the right
-and y down (OpenCV); poses are camera-to-world. A pointmap X [h, w, 3] gives every pixel its 3D
-point; its confidence C [h, w] is above 1.
+Conventions of this folder: images [b, 3, h, w] in 0..1 (RGB). Column i has its centre at
+u = i + 0.5, row j at v = j + 0.5; the principal point is (w / 2, h / 2). Cameras look along +z, x
+to the right and y down (OpenCV); poses are camera-to-world. A pointmap X [h, w, 3] gives every
+pixel its 3D point; its confidence C [h, w] is above 1.
 """
 
 from __future__ import annotations
