@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
 from ..core.errors import AdaptError
+from .cameras import world_points
 
 
 @dataclass(frozen=True, eq=False)  # two tensors do not compare to one truth
@@ -24,6 +24,7 @@ class Reconstruction:
 
     Raises `AdaptError` where the shapes do not belong together.
 
+    >>> import torch
     >>> one = torch.ones(1, 2, 4)
     >>> scene = Reconstruction(
     ...     torch.eye(4)[None], torch.tensor([2.0]), one, one, torch.zeros(1, 3, 2, 4), ["a"]
@@ -63,17 +64,7 @@ class Reconstruction:
 
         Pixel (row j, column i) has u = i + 0.5 and v = j + 0.5.
         """
-        _, h, w = self.depths.shape
-        v, u = torch.meshgrid(self._centred(h), self._centred(w), indexing="ij")
-        over = self.depths / self.focals[:, None, None]
-        local = torch.stack([u * over, v * over, self.depths], -1)
-        turned = local @ self.poses[:, None, :3, :3].mT
-        return turned + self.poses[:, None, None, :3, 3]
-
-    def _centred(self, pixels: int) -> Tensor:
-        """The centres of a row of pixels, counted from its middle."""
-        numbers = torch.arange(pixels, dtype=self.depths.dtype, device=self.depths.device)
-        return numbers + 0.5 - pixels / 2
+        return world_points(self.depths, self.focals, self.poses)
 
     def shown(self) -> Tensor:
         """[n, h, w] bool: measured, finite and of a weight above 0."""

@@ -1,0 +1,1 @@
+"""Generated scenes: images with exact depth, pose and focal, a pure function of kind and seed."""
