@@ -10,10 +10,7 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from polyadapt.geometry3d.cameras import inverse_poses, moved, pixels_of
 from polyadapt.geometry3d.overlap import overlap
 from polyadapt.geometry3d.reconstruction import Reconstruction
 from polyadapt.geometry3d.scenes.bodies import Bodies, cast, normals
@@ -22,6 +19,7 @@ from polyadapt.geometry3d.scenes.draw import Draw
 from polyadapt.geometry3d.scenes.heights import Heights, meet
 from polyadapt.geometry3d.scenes.textures import colour_at, noise
 from polyadapt.geometry3d.scenes.viewing import Rays, looking, rays_of
+from polyadapt.tests.scene_cases import differences
 
 _IN_ANOTHER_PROCESS = (
     "from polyadapt.tests.test_geometry_camouflage import bits; print(bits(4), bits(5))"
@@ -122,23 +120,9 @@ def test_views_of_a_camouflaged_scene_overlap_and_stand_apart(seed: int) -> None
     assert torch.equal(scene.images * 255, (scene.images * 255).round())
 
 
-def _differences(scene: Reconstruction) -> tuple[Tensor, Tensor]:
-    """How much the colours of view 0 differ from view 1's at the same points, and elsewhere."""
-    _, h, w = scene.depths.shape
-    local = moved(scene.points()[:1], inverse_poses(scene.poses[1:2]))
-    place, depth = pixels_of(local.view(1, -1, 3), scene.focals[1:2], h, w)
-    grid = (2 * place[0] / torch.tensor([w, h]) - 1)[None, None]
-    there = F.grid_sample(
-        torch.cat([scene.images[1], scene.depths[1:2]])[None], grid, align_corners=False
-    )[0, :, 0]
-    seen = (grid.abs() < 0.95).all(-1)[0, 0] & ((there[3] - depth[0]).abs() < 0.01)
-    mine = scene.images[0].flatten(1)
-    return (mine - there[:3])[:, seen].abs(), (mine - there[:3].roll(100, 1))[:, seen].abs()
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_two_views_see_the_same_colour_at_the_same_point(seed: int) -> None:
-    same, elsewhere = _differences(camouflaged(seed))
+    same, elsewhere = differences(camouflaged(seed))
     assert same.shape[1] > 300
     assert same.mean() < 0.5 * elsewhere.mean()
 

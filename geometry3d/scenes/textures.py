@@ -27,7 +27,8 @@ def noise(draw: Draw, channels: int, cells: int, layers: int, falloff: float) ->
     for _ in range(layers, 6):
         whole = _doubled(whole)
     # Interpolating in two directions leaves 2/3 of the deviation.
-    return whole * (1.5 / math.sqrt(sum(falloff ** (2 * layer) for layer in range(layers))))
+    power: float = sum(falloff ** (2 * layer) for layer in range(layers))
+    return whole * (1.5 / math.sqrt(power))
 
 
 def _doubled(tile: Tensor) -> Tensor:
@@ -38,17 +39,15 @@ def _doubled(tile: Tensor) -> Tensor:
 
 def checks(draw: Draw) -> Tensor:
     """[1, TEXELS, TEXELS] of 1 and -1: squares or, half of the time, stripes."""
-    cell = TEXELS // 2 ** draw.whole(1, 4)
-    across = (torch.arange(TEXELS) // cell) % 2
-    down = across * draw.whole(0, 1)
-    return 1.0 - 2.0 * ((across[None, :] + down[:, None]) % 2)[None].float()
+    number = torch.arange(TEXELS) // (TEXELS >> draw.whole(2, 4))
+    down = number * draw.whole(0, 1)
+    return torch.where((number[None, :] + down[:, None]) % 2 == 0, 1.0, -1.0)[None]
 
 
 def coloured(draw: Draw, pattern: Tensor, contrast: float) -> Tensor:
-    """A pattern [1, ...] as a colour tile in 0..1: two random colours, mixed by the pattern."""
+    """A pattern [1, s, s] as colours [3, s, s] in 0..1: two random colours, mixed by it."""
     middle, difference = draw.uniform(0.3, 0.7, 3, 1, 1), draw.normal(3, 1, 1)
-    difference = difference / difference.norm() * contrast
-    return (middle + difference * pattern).clamp(0, 1)
+    return (middle + F.normalize(difference, dim=0) * contrast * pattern).clamp(0, 1)
 
 
 def colour_at(tiles: Tensor, which: Tensor | int, across: Tensor, down: Tensor) -> Tensor:
