@@ -108,6 +108,52 @@ class TransformersSAM(Backbone):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TransformersSAM2(Backbone):
+    """transformers' Sam2Model (SAM 2, arXiv 2408.00714) by its name or folder, for pictures alone.
+
+    `img_size` is any multiple of 32; None leaves 1024. With `pretrained=False`, `options` (of
+    Sam2HieraDetConfig) and `decoder` (of Sam2MaskDecoderConfig) describe a network whose numbers
+    are drawn from `seed`. SAM 2's own preprocessing stretches pictures to a square; here they keep
+    their aspect, as all others do (our choice).
+
+    Raises `AdaptError` for what cannot be fetched, a model of another kind, and other options.
+
+    >>> hiera = {"hidden_size": 8, "embed_dim_per_stage": [8, 16, 24, 32], "image_size": 64}
+    >>> sam = TransformersSAM2(
+    ...     pretrained=False, options=hiera, decoder={"hidden_size": 16, "mlp_dim": 8}
+    ... ).build()
+    >>> sam(torch.zeros(1, 3, 64, 64)).shape
+    torch.Size([1, 1, 64, 64])
+    """
+
+    name: str = "facebook/sam2.1-hiera-tiny"
+    pretrained: bool = True
+    img_size: int | None = None
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    decoder: dict[str, Any] = field(default_factory=dict)
+
+    places: ClassVar[Mapping[str, str]] = {
+        "attention": "vision_encoder.backbone.blocks.*.attn.{qkv,proj}",
+        "mlp": "vision_encoder.backbone.blocks.*.mlp.{proj_in,proj_out}",
+        "neck": "vision_encoder.neck.convs.*",
+    }
+
+    def build(self) -> SegmentAnything:
+        from .sam2 import drawn2, fetched2, resize2
+
+        if self.pretrained and (self.options or self.decoder):
+            raise AdaptError(f"{self.name!r} brings its own settings: leave out options, decoder")
+        if self.pretrained:
+            with made(f"transformers' {self.name!r} {_OFFLINE}"):
+                sam = fetched2(self.name)
+        else:
+            with seeded(self.seed), made(f"a SAM 2 with {self.options} and {self.decoder}"):
+                sam = drawn2(self.options, self.decoder)
+        return sam if self.img_size is None else resize2(sam, self.img_size)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SAMCheckpoint(Backbone):
     """A file under the names of SAM's authors: sam_vit_b_01ec64.pth, medsam_vit_b.pth and the like.
 

@@ -22,8 +22,8 @@ PARTS = {
     "transformer": _DECODER + r"transformer\..*",
     "upscaling": _DECODER + r"upscale_.*",
     "hypernetwork": _DECODER + r"output_hypernetworks_mlps\.0\..*",
-    "encoder_norms": r"vision_encoder\.(layers|stages)\..*norm\d?\.(weight|bias)",
-    "positions": r"vision_encoder\.pos_embed",
+    "encoder_norms": r"vision_encoder\.(layers|stages|backbone\.blocks)\..*norm\d?\.(weight|bias)",
+    "positions": r"vision_encoder\.(backbone\.)?pos_embed(_window)?",
 }
 """Name -> the parameters (a regular expression over names in `SegmentAnything`) of a part.
 
@@ -43,7 +43,7 @@ class ClassToken(nn.Module):
 
     def __init__(self, sam: SegmentAnything, classes: int = 1) -> None:
         super().__init__()
-        start = sam.get_parameter("prompt_encoder.point_embed.1.weight").detach().float()
+        start = sam.mark.detach().float()
         self.token = nn.Parameter(start.repeat(classes, 1)[:, None])
 
     def forward(self) -> Tensor:
@@ -78,8 +78,9 @@ class MaskHead(nn.Module):
     `parts` name what of the SAM is trained (see `PARTS`): their copies act in the head's calls
     only, so that one frozen SAM serves many tasks. `prompt` gives the classes' tokens; without one,
     a call needs boxes or points, or SAM guesses. Tokens come on top of other prompts, which are
-    then for as many masks. `whole_box` puts a box around the whole square where a call has none: a
-    start for SAMs that were trained with boxes alone, such as LiteMedSAM (our choice).
+    then for as many masks; the token of one class goes with any number of them. `whole_box` puts a
+    box around the whole square where a call has none: a start for SAMs that were trained with boxes
+    alone, such as LiteMedSAM (our choice).
 
     The head does not own the SAM. Raises `AdaptError` for an unknown part, one that this SAM lacks,
     and one with a tensor that an attached adapter set adapts.
@@ -123,9 +124,13 @@ class MaskHead(nn.Module):
         return logits
 
     def _completed(self, prompt: Prompt, images: Tensor) -> Prompt:
-        """The prompt with the head's own tokens and box."""
+        """The prompt where the images are, with the head's own tokens and box."""
+        prompt = prompt.to(images.device)
         tokens = None if self.prompt is None else self.prompt()
         if tokens is not None:
+            places = prompt.points if prompt.boxes is None else prompt.boxes
+            if len(tokens) == 1 and places is not None:
+                tokens = tokens.expand(places.shape[1], -1, -1)
             prompt = dataclasses.replace(prompt, tokens=tokens)
         if self.whole_box and prompt.boxes is None:
             corners = images.new_tensor([0, 0, images.shape[-1] - 1, images.shape[-2] - 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,11 @@ class Prompt:
     """[b, m, n]."""
     tokens: Tensor | None = None
     """[m, t, d], the same for every image, or [b, m, t, d]."""
+
+    def to(self, device: torch.device) -> Prompt:
+        """The same where the images are."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Prompt(**{name: t if t is None else t.to(device) for name, t in given.items()})
 
 
 class SegmentAnything(nn.Module):
@@ -68,6 +74,11 @@ class SegmentAnything(nn.Module):
         """d of embeddings and prompt tokens."""
         return int(self.prompt_encoder.hidden_size)
 
+    @property
+    def mark(self) -> Tensor:
+        """What a point on the object adds to its place, [1, d]."""
+        return self.get_parameter("prompt_encoder.point_embed.1.weight")
+
     def forward(
         self, images: Tensor, prompt: Prompt | None = None, embeddings: Tensor | None = None
     ) -> Tensor:
@@ -84,6 +95,9 @@ class SegmentAnything(nn.Module):
         size = self.img_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise AdaptError(f"images are [b, 3, {size}, {size}], not {list(images.shape)}")
+        return self._encoded(images)
+
+    def _encoded(self, images: Tensor) -> Tensor:
         found = self.vision_encoder(images)
         embeddings: Tensor = getattr(found, "last_hidden_state", found)
         return embeddings
@@ -91,16 +105,18 @@ class SegmentAnything(nn.Module):
     def decode(self, embeddings: Tensor, prompt: Prompt | None = None) -> Tensor:
         """Embeddings [b, d, g, g] -> logits [b, m, 4 g, 4 g]."""
         sparse, dense = self._embedded(prompt or Prompt(), len(embeddings))
-        positions = self._positions(embeddings).expand(len(embeddings), -1, -1, -1)
-        masks, _ = self.mask_decoder(
+        return self._masks(embeddings, sparse, dense)[:, :, 0]
+
+    def _masks(self, embeddings: Tensor, sparse: Tensor | None, dense: Tensor) -> Tensor:
+        """Logits [b, m, 1, 4 g, 4 g]."""
+        masks: Tensor = self.mask_decoder(
             image_embeddings=embeddings,
-            image_positional_embeddings=positions,
+            image_positional_embeddings=self._positions(embeddings),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=False,
-        )
-        logits: Tensor = masks[:, :, 0]
-        return logits
+        )[0]
+        return masks
 
     def _embedded(self, prompt: Prompt, images: int) -> tuple[Tensor | None, Tensor]:
         """Prompt tokens [b, m, t, d], or None without a prompt, and SAM's "no mask" embedding."""
@@ -115,14 +131,15 @@ class SegmentAnything(nn.Module):
         return (torch.cat(given, dim=2) if given else None), dense
 
     def _positions(self, embeddings: Tensor) -> Tensor:
-        """Where each embedding lies, [1, d, g, g]: SAM's Fourier features of the cells' centres."""
+        """Where each embedding lies, [b, d, g, g]: SAM's Fourier features of the cells' centres."""
         rows, columns = (
             (torch.arange(n, device=embeddings.device, dtype=torch.float32) + 0.5) / n
             for n in embeddings.shape[-2:]
         )
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         embedded: Tensor = self.prompt_encoder.shared_embedding(torch.stack([x, y], dim=-1)[None])
-        return embedded.permute(0, 3, 1, 2).to(embeddings.dtype)
+        places = embedded.permute(0, 3, 1, 2).to(embeddings.dtype)
+        return places.expand(len(embeddings), -1, -1, -1)
 
 
 def _check(prompt: Prompt, images: int, width: int) -> Tensor | None:

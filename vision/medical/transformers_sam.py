@@ -73,16 +73,16 @@ def drawn(vision: Mapping[str, Any], decoder: Mapping[str, Any]) -> SegmentAnyth
     from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamVisionConfig
 
     # transformers' own range for the encoder, 1e-10, would draw one that returns nothing.
-    eye = _configured(SamVisionConfig, {"initializer_range": 0.02, **vision})
+    eye = configured(SamVisionConfig, {"initializer_range": 0.02, **vision})
     width, size, patch = eye.output_channels, eye.image_size, eye.patch_size
     eye.num_pos_feats = width // 2
     prompts = {"hidden_size": width, "image_size": size, "patch_size": patch}
-    masks = _configured(SamMaskDecoderConfig, {**decoder, "hidden_size": width})
+    masks = configured(SamMaskDecoderConfig, {**decoder, "hidden_size": width})
     config = SamConfig(vision_config=eye, prompt_encoder_config=prompts, mask_decoder_config=masks)
     return parts_of(SamModel(config))
 
 
-def _configured(kind: type[Any], settings: Mapping[str, Any]) -> Any:
+def configured(kind: type[Any], settings: Mapping[str, Any]) -> Any:
     """One of transformers' configurations, which keeps what it does not know without a word."""
     from huggingface_hub.errors import StrictDataclassError
 
