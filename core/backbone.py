@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, get_type_hints
 
 from torch import nn
 
+from .building import whole
 from .errors import AdaptError
 
 
@@ -17,7 +19,8 @@ from .errors import AdaptError
 class Backbone(ABC):
     """Settings that name one frozen backbone exactly; they travel in the adapter file as JSON.
 
-    A domain derives one class, whose subclasses are the kinds that it knows.
+    A domain derives one class, whose subclasses are the kinds that it knows. Settings with which
+    a model has an empty parameter are refused.
 
     >>> class Lenses(Backbone):
     ...     pass
@@ -29,6 +32,11 @@ class Backbone(ABC):
     >>> Lenses.from_json(Blurred(width=4).to_json())
     Blurred(width=4)
     """
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "build" in vars(cls):
+            cls.build = _whole(cls.build)  # type: ignore[method-assign]
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -53,6 +61,14 @@ class Backbone(ABC):
         kind = kinds[data["backbone"]]
         check_settings(kind, settings)
         return kind(**settings)
+
+
+def _whole(build: Callable[[Any], Any]) -> Any:
+    @functools.wraps(build)  # what is abstract stays so
+    def build_whole(self: Any) -> Any:
+        return whole(functools.partial(build, self), self)
+
+    return build_whole
 
 
 def check_settings(kind: type[Any], settings: Mapping[str, Any]) -> None:

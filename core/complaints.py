@@ -13,15 +13,20 @@ from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from .errors import AdaptError
+from .only_values import REFUSED, only_values
 
 Classes = Mapping[str, Collection[str]]
 
 
 @contextmanager
 def in_one_line(parser: ArgumentParser, classes: Classes) -> Iterator[None]:
-    """Turn a complaint of the parser into an `AdaptError`; `classes` names those of each key."""
+    """Turn a complaint of the parser into an `AdaptError`; `classes` names those of each key.
+
+    What it is given may name classes where a key is for one, and nowhere else.
+    """
     try:
-        yield
+        with only_values():
+            yield
     except AdaptError:
         raise
     except (ArgumentError, ValueError) as error:
@@ -29,6 +34,8 @@ def in_one_line(parser: ArgumentParser, classes: Classes) -> Iterator[None]:
             raise  # not the parser's own
         keys = list(parser.get_defaults(skip_validation=True).keys())
         raise AdaptError(condensed(str(error), keys, classes)) from error
+    except RecursionError as error:
+        raise AdaptError("a value of the configuration holds itself") from error
     except AttributeError as error:
         if "append" not in str(error):
             raise  # not the parser's own: it takes a key `config` for its list of files
@@ -71,6 +78,8 @@ def condensed(complaint: str, keys: Collection[str], classes: Classes) -> str:
         (r"arguments are required: (.*)", lambda m: _missing(key, inside, m[1])),
         (r"Unexpected config:", lambda m: "the configuration is empty, or not keys with values"),
     ]
+    if found := re.search(f"^[ -]*(.*{REFUSED})", complaint, re.MULTILINE):
+        return f"{key}: {found[1]}"
     for pattern, tell in told:
         if (found := re.search(pattern, complaint)) and "Literal" not in complaint:
             return tell(found)

@@ -129,7 +129,7 @@ class DomainCLI(LightningCLI):
         if self.set_file is None:
             parser.add_lightning_class_args(self.domain.task, "model")
         else:  # the file says what the model is; a model in the configuration is only compared
-            parser.add_argument("--model", type=dict[str, Any] | None)
+            parser.add_argument("--model", type=dict | None)  # as it is: no class of it is made
         # Lightning's way also allows null, and then an error within the class is told of badly.
         about = f"where {self.domain.things} come from"
         parser.add_argument("--data", type=self.domain.data, required=True, help=about)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.building import refuse_code
 from ..core.errors import AdaptError
 from .audio import SAMPLE_RATE, read_audio
 from .clips import Clip, seconds_of_file
@@ -31,6 +32,9 @@ def read_hub(
     options: Mapping[str, Any],
 ) -> dict[str, list[Clip]]:
     """The clips of each split; `columns` are those of the audio, the text and the speaker."""
+    refuse_code(options)
+    if name == "pandas":
+        raise AdaptError("the data set 'pandas' is not allowed: it unpickles; use csv or parquet")
     return {part: _clips(name, config, split, columns, options) for part, split in splits.items()}
 
 

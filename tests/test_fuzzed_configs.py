@@ -1,11 +1,8 @@
-"""Vision configurations with anything wrong in them: they work or are refused in one line."""
+"""Configurations of every domain with anything wrong in them: they work, or one line says what."""
 
 from __future__ import annotations
 
-import copy
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +11,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from polyadapt.core.complaints import errors_in_one_line
-from polyadapt.core.configuration import DomainCLI
-from polyadapt.core.errors import AdaptError
 from polyadapt.tests.broken_files import places
-from polyadapt.tests.vision_cases import configuration, save_labelled
-from polyadapt.vision.configuration import DOMAIN
+from polyadapt.tests.domain_cases import CASES, Case, outcome, with_value
 
 WRONG: list[Any] = [
     *(None, True, 0, -1, 3, 2**70, 1.5, 1e308, float("nan"), float("inf"), b"\xff"),
@@ -30,19 +23,13 @@ WRONG: list[Any] = [
 ]
 KEYS = ["x", "", "a.b", "__class__", "model", "trainer", "class_path", "init_args", "at", "config"]
 SIGNS = ["{", "}", "[", ":", "\t", "- ", "&a ", "*a", "!!", '"', "\x00", "%", "é", "\n", " ", "#"]
-
-
-def whole() -> dict[str, Any]:
-    made = copy.deepcopy(configuration())
-    made["data"]["init_args"]["augmentation"] = "flip"
-    made["model"].update(lr=1e-3, warmup=0.1, weight_decay=0.05, set_name="pets")
-    return made
+VISION = CASES["vision"]
 
 
 @st.composite
-def values(draw: Callable[..., Any]) -> str:
+def values(draw: Callable[..., Any], case: Case) -> str:
     """One or two values replaced, taken away, renamed or put in."""
-    made = whole()
+    made = case.configuration()
     for _ in range(draw(st.integers(1, 2))):
         spots = list(places(made))
         if not spots:
@@ -61,9 +48,9 @@ def values(draw: Callable[..., Any]) -> str:
 
 
 @st.composite
-def texts(draw: Callable[..., Any]) -> str:
+def texts(draw: Callable[..., Any], case: Case) -> str:
     """The text of a good configuration with a sign put in, or over some of it."""
-    text: str = yaml.safe_dump(whole())
+    text: str = yaml.safe_dump(case.configuration())
     start = draw(st.integers(0, len(text)))
     rest = text[start + draw(st.integers(0, 2)) :]
     return f"{text[:start]}{draw(st.sampled_from(SIGNS))}{rest}"
@@ -82,57 +69,51 @@ def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("configs"))
         patch.setattr(timm, "create_model", without_network)
-        save_labelled(12)
+        for case in CASES.values():
+            case.save()
         yield
 
 
-def outcome(text: str, build: bool = True) -> str:
-    """`works`, or the one line that refuses it; nothing may be written before a run starts."""
-    Path("c.yaml").write_text(text)
-    before = sorted(os.listdir())
-    try:
-        with errors_in_one_line():
-            DomainCLI(DOMAIN, "fit", ["--config", "c.yaml"], build=build)
-    except AdaptError as error:
-        line = str(error)
-        assert line
-        assert line.isprintable()
-        return line
-    finally:
-        assert sorted(os.listdir()) == before
-    return "works"
-
-
 few = settings(
-    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=12,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+every_domain = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def test_the_configuration_that_is_changed_works() -> None:
-    assert outcome(yaml.safe_dump(whole())) == "works"
-
-
-@pytest.mark.slow
-@few
-@given(values())
-def test_changed_values_work_or_are_refused_in_one_line(text: str) -> None:
-    outcome(text, build=False)
+@every_domain
+def test_the_configuration_that_is_changed_works(case: Case) -> None:
+    assert outcome(case, yaml.safe_dump(case.configuration())) == "works"
 
 
 @pytest.mark.slow
 @few
-@given(texts())
-def test_changed_texts_work_or_are_refused_in_one_line(text: str) -> None:
-    outcome(text, build=False)
+@every_domain
+@given(st.data())
+def test_changed_values_work_or_are_refused_in_one_line(case: Case, data: st.DataObject) -> None:
+    outcome(case, data.draw(values(case)), build=False)
 
 
 @pytest.mark.slow
 @few
-@given(values())
-def test_what_is_built_of_changed_values_works_or_is_refused_in_one_line(text: str) -> None:
-    outcome(text)
+@every_domain
+@given(st.data())
+def test_changed_texts_work_or_are_refused_in_one_line(case: Case, data: st.DataObject) -> None:
+    outcome(case, data.draw(texts(case)), build=False)
 
 
+@pytest.mark.slow
+@few
+@every_domain
+@given(st.data())
+def test_what_is_built_of_changed_values_works_or_is_refused_in_one_line(
+    case: Case, data: st.DataObject
+) -> None:
+    outcome(case, data.draw(values(case)))
+
+
+@every_domain
 @pytest.mark.parametrize(
     ("key", "value", "line"),
     [
@@ -141,13 +122,42 @@ def test_what_is_built_of_changed_values_works_or_is_refused_in_one_line(text: s
         ("config", {"model": 1}, "unknown key 'config': a configuration names no other one"),
     ],
 )
-def test_what_such_changes_have_found_is_refused_by_name(key: str, value: Any, line: str) -> None:
-    assert outcome(yaml.safe_dump({**whole(), key: value}), build=False) == line
+def test_what_such_changes_have_found_is_refused_by_name(
+    case: Case, key: str, value: Any, line: str
+) -> None:
+    assert outcome(case, with_value(case, (key,), value), build=False) == line
 
 
 def test_options_that_timm_stumbles_over_are_refused_by_name() -> None:
-    made = whole()
-    made["model"]["backbone"]["init_args"]["options"]["patch_size"] = 0
-    line = outcome(yaml.safe_dump(made))
+    line = outcome(VISION, with_value(VISION, (*VISION.options, "patch_size"), 0))
     assert line.startswith("timm cannot make 'vit_tiny_patch16_224' with {")
     assert line.endswith(": integer division or modulo by zero")
+
+
+@pytest.mark.parametrize(
+    ("domain", "name", "value", "parameter"),
+    [
+        ("vision", "in_chans", 0, "patch_embed.proj.weight [96, 0, 8, 8]"),
+        ("timeseries", "n_inner", 0, "model.h.0.mlp.c_fc.weight [8, 0]"),
+        ("vlm", "embed_dim", 0, "visual.proj [64, 0]"),
+    ],
+)
+def test_options_that_leave_a_parameter_empty_are_refused_by_its_name(
+    domain: str, name: str, value: int, parameter: str
+) -> None:
+    case = CASES[domain]
+    line = outcome(case, with_value(case, (*case.options, name), value))
+    assert line.endswith(f" is not allowed: its parameter {parameter} is empty")
+
+
+def test_a_setting_of_a_wrong_type_that_transformers_refuses_is_one_line() -> None:
+    case = CASES["timeseries"]
+    line = outcome(case, with_value(case, (*case.options, "n_head"), "x"))
+    assert line.startswith("cannot load transformers' GPT2Model 'gpt2'")
+    assert "n_head" in line
+
+
+def test_options_that_would_let_a_file_of_weights_run_code_are_refused() -> None:
+    case = CASES["vlm"]
+    line = outcome(case, with_value(case, (*case.options, "weights_only"), False))
+    assert line == "weights_only=False is not allowed: only files without code are read"

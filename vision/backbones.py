@@ -13,22 +13,11 @@ import timm
 from torch import nn
 
 from ..core import backbone as core
-from ..core.building import seeded
+from ..core.building import first_line, seeded, stumbles
 from ..core.errors import AdaptError
 from ..core.images.dinov2 import dinov2_small
 from ..core.images.preprocessing import Preprocessing
 from .tiny_vit import tiny_vit
-
-# What timm's classes raise for options that are of a wrong type or size, or are none of theirs.
-_STUMBLES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +79,13 @@ class TimmBackbone(Backbone):
                 self.name, pretrained=self.pretrained, num_classes=0, **options
             )
         except OSError as error:  # the hub's errors, no network and a full disk are all OSErrors
-            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise AdaptError(
-                f"the weights of {self.name!r} could not be fetched: {cause} Without a network,"
-                " use OfflineDINOv2 or TinyViT"
+                f"the weights of {self.name!r} could not be fetched: {first_line(error)} Without"
+                " a network, use OfflineDINOv2 or TinyViT"
             ) from error
-        except _STUMBLES as error:
-            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise AdaptError(f"timm cannot make {self.name!r} with {options}: {cause}") from error
+        except stumbles() as error:  # options of a wrong type or size, or none of the model's
+            what = f"{self.name!r} with {options}"
+            raise AdaptError(f"timm cannot make {what}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

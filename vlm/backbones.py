@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..core import backbone as core
-from ..core.building import made, seeded
+from ..core.building import made, refuse_code, seeded
 from ..core.errors import AdaptError
 from ..core.images.preprocessing import Preprocessing
 from .model import ImageText, Tokenizer, image_text_of
@@ -101,6 +101,7 @@ class OpenCLIP(Backbone):
 
     def _check(self) -> None:
         """An unknown name or tag is refused before anything is made."""
+        refuse_code(self.options)
         import open_clip
 
         if self.name.startswith(_OWN_WEIGHTS):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...core.building import made, seeded
+from ...core.building import made, refuse_code, seeded, whole
 from ...core.errors import AdaptError
 
 
@@ -35,14 +36,17 @@ class ClipText:
             raise AdaptError(f"a text prompt needs a list of class names, not {names!r}")
         if self.template.count("{}") != 1:
             raise AdaptError(f"template {self.template!r} is not allowed: it holds one {{}}")
+        refuse_code(self.options)
         weights = self.pretrained is not None
         hint = " (without a network: a file, or a learned token)" if weights else ""
         with seeded(0), made(f"open_clip's {self.name!r}{hint}"):
             import open_clip
 
-            model = open_clip.create_model(
-                self.name, pretrained=self.pretrained, require_pretrained=weights, **self.options
-            ).eval()
+            make = partial(open_clip.create_model, pretrained=self.pretrained)
+            model = whole(
+                partial(make, self.name, require_pretrained=weights, **self.options), self
+            )
+            model.eval()
             texts = open_clip.get_tokenizer(self.name)(
                 [self.template.replace("{}", name) for name in names],
                 context_length=model.context_length,
