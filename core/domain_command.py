@@ -16,8 +16,8 @@ def run(package: str, about: str, verbs: Mapping[str, str], argv: list[str]) -> 
     """Run a verb of the domain in `package` and return its exit code.
 
     `verbs`: each with a line that tells what it does. `fit`, `validate` and `test` are core's, for
-    the `DOMAIN` of the package's `configuration`; another verb is the `main` of the module named
-    after it.
+    the `DOMAIN` of the package's `configuration`, or for what its `domain_of(verb, words)` returns
+    where it has several tasks; another verb is the `main` of the module named after it.
     """
     domain = package.rpartition(".")[2]
     parser = OneLineParser(
@@ -38,7 +38,9 @@ def _run(package: str, verb: str, rest: list[str]) -> int:
     if verb in _TRAINING:
         from . import fitting
 
-        return fitting.run(importlib.import_module(".configuration", package).DOMAIN, verb, rest)
+        said = importlib.import_module(".configuration", package)
+        domain = said.domain_of(verb, rest) if hasattr(said, "domain_of") else said.DOMAIN
+        return fitting.run(domain, verb, rest)
     module = importlib.import_module(f".{verb.replace('-', '_')}", package)
     code: int = module.main(rest)
     return code

@@ -20,7 +20,7 @@ class StartOfRun(Callback):
     """Writes the configuration, but only once the data has been read and found good.
 
     A new run (`fresh`) also clears away what an older one left in the folder, with the files that
-    a test of the older one left there, `others`.
+    a test of the older one left there, `others`, names or patterns such as `pictures/*.png`.
     """
 
     def __init__(
@@ -38,8 +38,9 @@ class StartOfRun(Callback):
         if not trainer.is_global_zero:
             return
         make_folder(self.folder)
-        for name in self.old:
-            (self.folder / name).unlink(missing_ok=True)
+        for pattern in self.old:
+            for file in self.folder.glob(pattern):
+                file.unlink()
         write_atomically(self.folder / CONFIG, self.effective().encode())
         print(f"configuration: {self.folder / CONFIG}", flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .backbones import Backbone
 from .frozen_prefix import require_fixed_images
 from .predict import describe
 from .task import ImageClassification
+from .which_task import is_segmentation
 
 
 def _backbone_of(set_file: str | Path) -> Backbone:
@@ -38,3 +40,12 @@ DOMAIN = Domain(
     next_words="predict --set {adapter} IMAGE ...",
     check=_check,
 )
+
+
+def domain_of(verb: str, words: Sequence[str]) -> Domain:
+    """Image classification, or segmentation where the data are pictures with masks."""
+    if not is_segmentation(verb, words):
+        return DOMAIN
+    from .medical.configuration import DOMAIN as SEGMENTATION
+
+    return SEGMENTATION

@@ -30,9 +30,9 @@ Mask = NDArray[np.uint8]
 class Batch(NamedTuple):
     """What a step gets; S is the view's side.
 
-    image: float32 [b, 3, S, S] as the model wants it; mask: float32 [b, 1, S, S] of 0 and 1, 0 in
-    the padding; size: int64 [b, 2], height and width before the view; number: int64 [b], the
-    picture's place in its part.
+    image: float32 [b, 3, S, S] as the model wants it; mask: float32 [b, 1, S, S] of 0 and 1, or the
+    marked share of each pixel, 0 in the padding; size: int64 [b, 2], height and width before the
+    view; number: int64 [b], the picture's place in its part.
     """
 
     image: Tensor
@@ -61,12 +61,14 @@ class Pictures(Dataset[Batch]):
         augmentation: Augmentation = "none",
         crop: int | None = None,
         seed: int = 0,
+        fractions: bool = False,
     ) -> None:
         self.cases = cases
         self.view = view
         self.augmentation = augmentation
         self.crop = crop
         self.seed = seed
+        self.masked = view.shares if fractions else view.mask
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -79,7 +81,7 @@ class Pictures(Dataset[Batch]):
         if self.crop is not None:
             pixels, mask = random_crop(pixels, mask, self.crop, drawn)
         size, number = torch.tensor(mask.shape), torch.tensor(position)
-        return Batch(self.view(pixels), self.view.mask(mask), size, number)
+        return Batch(self.view(pixels), self.masked(mask), size, number)
 
 
 class SegmentationData(LightningDataModule, ABC):
@@ -90,7 +92,8 @@ class SegmentationData(LightningDataModule, ABC):
     pictures, both for training only and a pure function of (seed, epoch, picture), so that a
     resumed run sees the same; num_workers: processes that prepare pictures.
 
-    `view` is the model's: a task sets it, else set it before asking for batches.
+    `view` is the model's: a task sets it, else set it before asking for batches; `fractions`, too:
+    whether masks are shares of pixels.
     Raises `AdaptError` for settings out of range and what `read` refuses.
     """
 
@@ -130,6 +133,7 @@ class SegmentationData(LightningDataModule, ABC):
         self.crop = crop
         self.num_workers = num_workers
         self.view: View | None = None
+        self.fractions = False
         self._parts: dict[str, list[Case]] = {}
 
     @abstractmethod
@@ -152,9 +156,10 @@ class SegmentationData(LightningDataModule, ABC):
         """The pictures of a part as the model sees them."""
         if self.view is None:
             raise AdaptError("set data.view first: the backbone's View")
+        shown = partial(Pictures, self.cases(part), self.view, fractions=self.fractions)
         if part != "train":
-            return Pictures(self.cases(part), self.view)
-        return Pictures(self.cases(part), self.view, self.augmentation, self.crop, self.seed)
+            return shown()
+        return shown(augmentation=self.augmentation, crop=self.crop, seed=self.seed)
 
     def train_dataloader(self) -> DataLoader[Any]:
         pictures = self.pictures("train")
