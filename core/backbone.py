@@ -7,12 +7,14 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, get_type_hints
+from typing import Any, Self, TypeVar, get_origin, get_type_hints
 
 from torch import nn
 
 from .building import whole
 from .errors import AdaptError
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +56,26 @@ class Backbone(ABC):
     @classmethod
     def from_json(cls, data: object) -> Self:
         """The settings that `to_json` wrote; an unknown kind or setting is refused by name."""
-        kinds = cls.kinds()
-        if not isinstance(data, Mapping) or data.get("backbone") not in kinds:
-            raise AdaptError(f"{data!r} names no backbone; there are {', '.join(kinds)}")
-        settings = {str(key): value for key, value in data.items() if key != "backbone"}
-        kind = kinds[data["backbone"]]
-        check_settings(kind, settings)
-        return kind(**settings)
+        return one_of_kinds("backbone", cls.kinds(), data)
 
 
 def _whole(build: Callable[[Any], Any]) -> Any:
     @functools.wraps(build)  # what is abstract stays so
     def build_whole(self: Any) -> Any:
+        check_settings(type(self), vars(self))  # null in a configuration passes its reader
         return whole(functools.partial(build, self), self)
 
     return build_whole
+
+
+def one_of_kinds(key: str, kinds: Mapping[str, type[_T]], data: object) -> _T:
+    """The dataclass that JSON values name: its kind by `key`, and its settings beside it."""
+    if not isinstance(data, Mapping) or data.get(key) not in kinds:
+        raise AdaptError(f"{data!r} names no {key}; there are {', '.join(kinds)}")
+    settings = {str(name): value for name, value in data.items() if name != key}
+    kind = kinds[data[key]]
+    check_settings(kind, settings)
+    return kind(**settings)
 
 
 def check_settings(kind: type[Any], settings: Mapping[str, Any]) -> None:
@@ -78,9 +85,11 @@ def check_settings(kind: type[Any], settings: Mapping[str, Any]) -> None:
     if odd := sorted((settings.keys() - fields) | (needed - settings.keys())):
         raise AdaptError(f"{kind.__name__} has the settings {sorted(fields)}: see {odd[0]!r}")
     for name, hint in get_type_hints(kind).items():
-        value = settings.get(name)
-        if isinstance(hint, type) and name in settings and not isinstance(value, hint):
-            raise AdaptError(f"{kind.__name__}: {name} is a {hint.__name__}, not {value!r}")
+        value, wanted = settings.get(name), dict if get_origin(hint) is dict else hint
+        if not isinstance(wanted, type) or name not in settings:
+            continue
+        if not isinstance(value, wanted) and not (wanted is float and isinstance(value, int)):
+            raise AdaptError(f"{kind.__name__}: {name} is a {wanted.__name__}, not {value!r}")
 
 
 def _has_no_default(field: dataclasses.Field[Any]) -> bool:

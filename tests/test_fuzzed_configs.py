@@ -150,6 +150,13 @@ def test_options_that_leave_a_parameter_empty_are_refused_by_its_name(
     assert line.endswith(f" is not allowed: its parameter {parameter} is empty")
 
 
+@pytest.mark.parametrize("domain", ["vision", "timeseries", "vlm"])
+def test_options_that_are_null_are_refused_by_their_name(domain: str) -> None:
+    case = CASES[domain]
+    line = outcome(case, with_value(case, case.options, None))
+    assert line.endswith(": options is a dict, not None")
+
+
 def test_a_setting_of_a_wrong_type_that_transformers_refuses_is_one_line() -> None:
     case = CASES["timeseries"]
     line = outcome(case, with_value(case, (*case.options, "n_head"), "x"))
