@@ -46,7 +46,8 @@ class Domain:
     backbone_of   reads from an adapter file what it was made on
     measured      makes the callback that writes what a test found into a folder
     test_files    the files that it writes there
-    next_words    the words of a command to go on with, of which {adapter} is one
+    next_words    the words of a command to go on with, of which {adapter} is one; or what tells
+                  them of a task
     called        what its verbs are called; one that it does not have is left out
     check         refuses task, data and trainer that do not fit, before anything is written
     ============  ==================================================================
@@ -61,7 +62,7 @@ class Domain:
     backbone_of: Callable[[str], Any]
     measured: Callable[[Path], Callback] = lambda _: Callback()
     test_files: Sequence[str] = ()
-    next_words: str
+    next_words: str | Callable[[Any], str]
     chosen: Mapping[str, type] = field(default_factory=dict)
     called: Mapping[Verb, str] = field(default_factory=lambda: {verb: verb for verb in _ABOUT})
     check: Callable[[Any, Any, Trainer], None] = lambda *_: None

@@ -81,10 +81,17 @@ def _raw(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def write_atomically(path: Path, *content: bytes | memoryview) -> None:
-    """Replace `path` by `content` in one step; a failure leaves what was there."""
+def require_place(path: Path) -> None:
+    """Refuse a path where no file can be: to be told before a long computation, not after it."""
     if not path.parent.is_dir():
         raise StoreError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise StoreError(f"cannot write {path}: Is a directory")
+
+
+def write_atomically(path: Path, *content: bytes | memoryview) -> None:
+    """Replace `path` by `content` in one step; a failure leaves what was there."""
+    require_place(path)
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:

@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import cast
 
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -23,7 +22,7 @@ def run(domain: Domain, verb: str, argv: Sequence[str]) -> int:
         if verb == "fit":
             trained = fit(domain, argv)
             if trained.trainer.is_global_zero and (trained.folder / ADAPTER).is_file():
-                _say_what_to_do_next(domain, trained.folder)
+                _say_what_to_do_next(domain, trained)
         else:
             measure(domain, cast(Verb, verb), argv)
     return 0
@@ -44,9 +43,11 @@ def fit(domain: Domain, argv: Sequence[str]) -> DomainCLI:
     return cli
 
 
-def _say_what_to_do_next(domain: Domain, folder: Path) -> None:
+def _say_what_to_do_next(domain: Domain, trained: DomainCLI) -> None:
     measure = domain.command("test" if "test" in domain.called else "validate")
-    say_what_to_do_next(folder, measure, f"polyadapt {domain.name} {domain.next_words}")
+    words = domain.next_words
+    use = words if isinstance(words, str) else words(trained.model)
+    say_what_to_do_next(trained.folder, measure, f"polyadapt {domain.name} {use}")
 
 
 def train(cli: DomainCLI) -> None:

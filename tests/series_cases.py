@@ -46,7 +46,7 @@ def stir(adapters: AdapterSet) -> None:
 class Waves(LightningDataModule):
     """Sines of two channels with phases of their own; 48 windows for every part."""
 
-    names = ("left", "right")
+    names: tuple[str, ...] = ("left", "right")
     frequency = "h"
     period = 24
     scaler = Scaler((1.0, -2.0), (2.0, 0.5))

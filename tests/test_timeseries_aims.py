@@ -21,7 +21,9 @@ from polyadapt.timeseries.backbones import NoLanguageModel
 from polyadapt.timeseries.data_anomaly import AnomalyTable
 from polyadapt.timeseries.data_competition import M4
 from polyadapt.timeseries.data_labelled import UCR
+from polyadapt.timeseries.forecaster import Forecaster
 from polyadapt.timeseries.patches import Patches
+from polyadapt.timeseries.series import Series
 from polyadapt.timeseries.task import SeriesTask
 
 
@@ -33,6 +35,7 @@ class _Pairs(Waves):
         self.items = test
         if classes is not None:
             self.classes = classes
+            self.names = ("x", "y", "z")
 
     def test_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.items, 20)  # type: ignore[arg-type]
@@ -51,6 +54,9 @@ def test_a_classifier_tells_rising_windows_from_falling_ones() -> None:
     assert found["test_top1"] == 1
     assert found["test_loss"] < 0.3
     assert run.callback_metrics["test_macro_f1"] == 1
+    data.names = ("x", "y")
+    with pytest.raises(AdaptError, match="a patch of the network has 3 channels, the data 2"):
+        trainer().test(task, data, verbose=False)
     data.classes = ("up", "down")
     with pytest.raises(AdaptError, match=r"the head knows \('down', 'up'\), the data has"):
         trainer().test(task, data, verbose=False)
@@ -187,6 +193,18 @@ def test_a_competition_is_trained_on_smape_and_tested_by_its_own_scores(tmp_path
     longer = tiny_task(Forecast(horizon=8), look_back=12, patches=Patches(1, 1))
     (found,) = trainer().test(longer, data, verbose=False)
     assert found["test_owa"] > 0
+
+
+def test_a_set_of_a_competition_forecasts_any_table(tmp_path: Path) -> None:
+    for part, rows in (("train", range(20)), ("test", range(20, 26))):
+        lines = [f"Y{s}," + ",".join(str(s + row) for row in rows) for s in range(12)]
+        head = ",".join(f"V{number}" for number in range(len(rows) + 1))
+        (tmp_path / f"Yearly-{part}.csv").write_text("\n".join([head, *lines]) + "\n")
+    task = tiny_task(Forecast(horizon=6), look_back=12, patches=Patches(1, 1))
+    trainer().fit(task, M4(str(tmp_path), "Yearly"))
+    task.save_adapter(tmp_path / "set")
+    series = Series(np.ones((15, 2)), ("a", "b"))
+    assert Forecaster.from_file(tmp_path / "set").forecast(series).values.shape == (6, 2)
 
 
 def test_the_smape_loss_trains_on_values_as_they_are() -> None:

@@ -152,7 +152,8 @@ def test_settings_out_of_range_are_refused(
         ({"x": [1, 2], "odd": [0, 1]}, "label", "labels='label' is neither a file nor a column"),
         ({"y": [1, 2], "odd": [0, 1]}, "odd", "has the channels y, .* has x"),
         ({"x": [1, "a"], "odd": [0, 1]}, "odd", "column 'x', row 2: 'a' is not a number"),
-        ({"x": ["", 1], "odd": [0, 1]}, "odd", "column 'x' has no value in row 1"),
+        ({"x": ["", 1], "odd": [0, 1]}, "odd", "column 'x' begins without a value, row 1"),
+        ({"x": ["a", "b"], "odd": [0, 1]}, "odd", r"row 1: without=\[x\] leaves it out"),
         ({"odd": [0, 1]}, "odd", "no column is left as a channel"),
     ],
 )

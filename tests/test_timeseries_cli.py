@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 import yaml
 
-from polyadapt.core import cli
+from polyadapt.core import AdaptError, cli
 from polyadapt.core.store import read_file
 from polyadapt.tests.series_cases import SIZES
+from polyadapt.timeseries.configuration import Measured
 from polyadapt.timeseries.task import SeriesTask
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "timeseries").glob("*.yaml"))
@@ -156,8 +159,9 @@ def test_a_file_is_a_task_again_with_the_datas_scaler() -> None:
 def test_another_aim_fits_by_the_configuration_alone(run: Run) -> None:
     aim = {"class_path": "Impute", "init_args": {"share": 0.5}}
     write("gaps.yaml", configuration(model={"aim": aim}))
-    code, _, said = run("fit", "--config", "gaps.yaml", "--trainer.max_epochs=1")
+    code, out, said = run("fit", "--config", "gaps.yaml", "--trainer.max_epochs=1")
     assert (code, said) == (0, "")
+    assert out.splitlines()[-1].split()[:3] == ["polyadapt", "timeseries", "predict"]
     assert read_file("runs/gaps/adapter.safetensors").extra["aim"] == {
         "aim": "Impute",
         "share": 0.5,
@@ -217,6 +221,43 @@ def test_a_configuration_that_cannot_be_is_one_line(
 
 
 @pytest.mark.usefixtures("after_training")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.aim.init_args.horizon=90"], "the val part has 54 rows"),
+        (["--data.init_args.few=0.01"], "the train part has 25 rows with few=0.01"),
+        (["--data.init_args.columns=[date]"], "there is no column to forecast"),
+    ],
+    ids=["horizon", "few", "columns"],
+)
+def test_data_that_do_not_fit_leave_the_old_run_as_it_was(
+    run: Run, words: list[str], message: str
+) -> None:
+    before = {path: path.read_bytes() for path in Path("runs/a").iterdir()}
+    assert message in line(run("fit", "--config", "a.yaml", "--overwrite", "true", *words))
+    assert {path: path.read_bytes() for path in Path("runs/a").iterdir()} == before
+    assert message in line(run("fit", "--config", "a.yaml", "--run", "runs/new", *words))
+    assert not Path("runs/new").exists()
+
+
+@pytest.mark.usefixtures("after_training")
+def test_a_test_is_of_one_process(run: Run) -> None:
+    task, trainer = SeriesTask.from_file(SET), SimpleNamespace(world_size=2)
+    with pytest.raises(AdaptError, match=r"test with --trainer\.devices 1, not with 2"):
+        Measured(Path("runs/a")).on_test_start(cast(Any, trainer), task)
+
+
+@pytest.mark.usefixtures("after_training")
+def test_anomalies_without_labels_can_be_learned_but_not_tested(run: Run) -> None:
+    write("odd.yaml", configuration(model={"aim": {"class_path": "Reconstruct"}}))
+    assert run("fit", "--config", "odd.yaml", "--trainer.max_epochs=1")[0] == 0
+    adapter = "runs/odd/adapter.safetensors"
+    said = line(run("test", "--config", "odd.yaml", "--set", adapter))
+    assert said.startswith("a test for anomalies needs labels [b, L] beside the windows")
+    assert run("predict", "table.csv", "--set", adapter, "--time", "date")[0] == 0
+
+
+@pytest.mark.usefixtures("after_training")
 def test_another_backbone_than_the_files_is_refused(run: Run) -> None:
     write("b.yaml", configuration(model={"backbone": {"class_path": "NoLanguageModel"}}))
     assert "was made on GPT2" in line(run("test", "--config", "b.yaml", f"--set={SET}"))
@@ -229,8 +270,9 @@ def test_every_configuration_is_whole_and_its_model_can_be_built(path: Path) -> 
     from polyadapt.timeseries.configuration import DOMAIN
 
     words = ["--config", str(path), "--model.backbone=NoLanguageModel"]
+    unread = dataclasses.replace(DOMAIN, check=lambda *_: None)
     with calm():
-        built = DomainCLI(DOMAIN, "fit", words)
+        built = DomainCLI(unread, "fit", words)
     task = built.model
     network, rank = task.network, task.adapters.recipe.rank
     last = task.adapters.recipe.ranks.get("out_layer", rank)

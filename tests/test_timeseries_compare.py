@@ -17,7 +17,7 @@ from polyadapt.core.errors import AdaptError
 from polyadapt.core.records import RECORD
 from polyadapt.timeseries import compare as command
 from polyadapt.timeseries import protocol
-from polyadapt.timeseries.backbones import GPT2
+from polyadapt.timeseries.backbones import GPT2, NoLanguageModel
 from polyadapt.timeseries.baselines import DLinear, LastValue
 from polyadapt.timeseries.compare_report import picture, table
 from polyadapt.timeseries.compare_run import Record, Run
@@ -35,10 +35,13 @@ TINY = GPT2(
 )
 
 
+BACKBONES = {"minilm": TINY, "none": NoLanguageModel(width=8, positions=16)}
+
+
 @pytest.fixture(autouse=True)
 def _in_a_folder_with_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "backbone_called", lambda word, blocks: TINY)
+    monkeypatch.setattr(command, "backbone_called", lambda word, blocks: BACKBONES[word])
     hours = np.arange(400)
     noise = np.random.default_rng(0).normal(scale=0.1, size=(400, 2))
     wave = np.sin(2 * np.pi * hours / 24)
@@ -161,6 +164,10 @@ def test_a_record_of_other_settings_is_refused_only_where_they_matter() -> None:
         (["--seeds", "1,1"], "'1,1' is not a list of different whole numbers"),
         (["--epochs", "0"], "epochs=0 is not allowed"),
         (["--stride", "17", "--patch", "16"], "stride=17 would leave out steps"),
+        (["--rank", "0"], "rank=0 is not allowed: a whole number from 1"),
+        (["--rank", "5"], "rank 5 does not fit out_layer: its weight is .4, .*, so at most 4"),
+        (["--look-back", "20"], "a past of 20 rows is shorter than a season of 24"),
+        (["--backbone", "none"], "NoLanguageModel.* has no pretrained weights to do without"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_any_run(words: list[str], told: str) -> None:

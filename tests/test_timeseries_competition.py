@@ -289,6 +289,9 @@ def test_a_horizon_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     data.horizon = 4
     with pytest.raises(AdaptError, match="horizon=4: the competition asks for 6 steps"):
         data.test_dataloader()
+    data.horizon = 0
+    with pytest.raises(AdaptError, match="of a competition are for the aim Forecast alone"):
+        data.train_dataloader()
     data.horizon = 30
     with pytest.raises(AdaptError, match="'Y0' has 20 rows: to train on horizon=30 needs 31"):
         data.train_dataloader()

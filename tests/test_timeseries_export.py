@@ -212,6 +212,21 @@ def test_a_model_that_differs_is_not_written(
     assert 1e-5 < far < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--out", "nowhere/model.pt2"], "the folder nowhere does not exist"),
+        (["--out", "model.pt2", "--tolerance", "0"], "--tolerance 0 is not allowed: above 0"),
+    ],
+    ids=["folder", "tolerance"],
+)
+def test_what_cannot_be_written_is_told_before_anything_is_computed(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["timeseries", "export", "--set", "none", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["model", "model.pt", "model.ONNX"])
 def test_another_ending_is_refused(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

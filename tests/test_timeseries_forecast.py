@@ -175,10 +175,11 @@ def test_a_constant_table_is_forecast_near_its_constant(tmp_path: Path, told: To
     ("words", "said"),
     [
         (["--horizon", "25"], "horizon=25 is not allowed: {set} was trained for 1 to 24 rows"),
+        (["--columns", "OT", "OT"], "{csv}: the column 'OT' is named twice"),
         (["--horizon", "0"], "--horizon 0 is not allowed: from 1"),
         (
             ["--columns", "load"],
-            "the table has 1 columns to forecast (load), {set} was trained on 2 (load, OT)",
+            "the table has 1 column to forecast (load), {set} was trained on 2 (load, OT)",
         ),
         (["--epochs", "3"], "--epochs is of a fit: with --set none is"),
         (["--save", "x"], "--save is of a fit: with --set none is"),
@@ -199,7 +200,7 @@ def test_what_a_set_cannot_do_is_refused(
 ) -> None:
     file, csv = saved_set(tmp_path / "set.safetensors"), table(tmp_path / "table.csv")
     assert forecast(csv, "--time", "date", "--set", file, *words) == 2
-    assert told() == ("", f"polyadapt: {said.format(set=file)}\n")
+    assert told() == ("", f"polyadapt: {said.format(set=file, csv=csv)}\n")
 
 
 def test_a_table_of_another_step_is_refused(tmp_path: Path, told: Told) -> None:

@@ -25,9 +25,9 @@ from polyadapt.tests.timeseries_sets import (
 from polyadapt.timeseries.aims import Classify, Forecast, Impute, Reconstruct
 from polyadapt.timeseries.backtest import backtest
 from polyadapt.timeseries.forecaster import Forecaster
-from polyadapt.timeseries.predict import tiles
 from polyadapt.timeseries.tables import read_table
 from polyadapt.timeseries.task import SeriesTask
+from polyadapt.timeseries.windowed import tiles
 
 Told = Callable[[], tuple[str, str]]
 CLASSES = Classify(classes=("calm", "storm"), channels=2)
@@ -113,6 +113,33 @@ def test_a_backtest_without_a_window_is_refused(
         backtest(forecaster, series, share, every)
 
 
+def test_a_table_is_read_as_for_a_forecast(tmp_path: Path, told: Told) -> None:
+    file, csv = saved_set(tmp_path / "set.safetensors"), table(tmp_path / "t.csv")
+    frame = pd.read_csv(csv, parse_dates=["date"])
+    frame["date"] = frame["date"].dt.strftime("%d.%m.%Y %H:%M")
+    frame.drop(index=20).to_csv(csv, index=False)
+    form = ["--time", "date", "--time-format", "%d.%m.%Y %H:%M", "--set", file, "--share", 0.3]
+    assert predict(csv, *form) == 2
+    assert "missing=interpolate or last" in told()[1]
+    assert predict(csv, *form, "--missing", "interpolate") == 0
+    assert _frame(told()[0])["date"].iloc[0] == "2024-01-06 20:00:00"  # row 141 of 200
+
+
+def test_series_below_each_other_are_the_columns_of_a_set(tmp_path: Path, told: Told) -> None:
+    csv = table(tmp_path / "t.csv")
+    wide = saved_set(tmp_path / "set.safetensors")
+    words = ["--time", "date", "--set", wide, "--share", 0.3]
+    assert predict(csv, *words) == 0
+    wanted = told()[0]
+    long = pd.read_csv(csv).melt("date", var_name="what", value_name="value")
+    long.to_csv(csv, index=False)
+    assert predict(csv, *words, "--id", "what") == 0
+    assert told()[0] == wanted
+    alone = saved_set(tmp_path / "alone", names=None, scaler=None)
+    assert predict(csv, "--time", "date", "--set", alone, "--id", "what") == 2
+    assert f"{alone} takes series one by one, {csv} has 2" in told()[1]
+
+
 # Gaps
 
 
@@ -152,6 +179,39 @@ def test_a_gap_as_long_as_a_window_is_refused(tmp_path: Path, told: Told) -> Non
     gaps.to_csv(csv, index=False)
     assert predict(csv, "--set", file) == 2
     assert "a column has no value in rows 49 to 96: a window of 48 rows needs one" in told()[1]
+
+
+def test_rows_that_are_missing_are_filled_where_times_tell_of_them(
+    tmp_path: Path, told: Told
+) -> None:
+    file, csv = saved_set(tmp_path / "set.safetensors", aim=Impute()), table(tmp_path / "t.csv")
+    whole = pd.read_csv(csv).assign(note="as it was")
+    whole.drop(index=[50, 51]).to_csv(csv, index=False)
+    assert predict(csv, "--set", file, "--time", "date", "--out", tmp_path / "out.csv") == 0
+    assert told() == ("", "4 values are filled\n")
+    found = pd.read_csv(tmp_path / "out.csv")
+    assert found["date"].tolist() == whole["date"].tolist()
+    pd.testing.assert_frame_equal(found.drop(index=[50, 51]), whole.drop(index=[50, 51]))
+    assert found[list(NAMES)].notna().all(axis=None)
+    assert found["note"][[50, 51]].isna().all(), "only channels are filled"
+
+
+@pytest.mark.parametrize("aim", [Impute(), Reconstruct()], ids=["Impute", "Reconstruct"])
+def test_times_that_are_not_steps_are_refused_whatever_the_aim(
+    aim: Impute | Reconstruct, tmp_path: Path, told: Told
+) -> None:
+    file, csv = saved_set(tmp_path / "set.safetensors", aim=aim), table(tmp_path / "t.csv")
+    whole, words = pd.read_csv(csv), ["--set", file, "--time", "date"]
+    whole.iloc[[1, 0, *range(2, 200)]].to_csv(csv, index=False)
+    assert predict(csv, *words) == 2
+    assert "row 2 of 2024-01-01 follows 2024-01-01 01:00:00: sort the rows" in told()[1]
+    whole.iloc[[0, 0, *range(1, 200)]].to_csv(csv, index=False)
+    assert predict(csv, *words) == 2
+    assert "rows 1 and 2 are both of 2024-01-01" in told()[1]
+    assert predict(table(csv, freq="D"), *words) == 2
+    assert f"a row every D, {file} was trained on rows every h" in told()[1]
+    assert predict(csv, "--set", file, "--time", "when") == 2
+    assert told()[1] == f"polyadapt: {csv}: there is no column 'when': date, load, OT\n"
 
 
 # Anomalies
@@ -198,7 +258,9 @@ def test_missing_values_cannot_be_judged(tmp_path: Path, told: Told) -> None:
     gaps.loc[7, "OT"] = np.nan
     gaps.to_csv(csv, index=False)
     assert predict(csv, "--set", file) == 2
-    assert told()[1] == f"polyadapt: {csv}, row 8: a value is missing\n"
+    assert "column 'OT' has no value in row 8: missing=interpolate or last fills it" in told()[1]
+    assert predict(csv, "--set", file, "--missing", "last") == 0
+    assert _frame(told()[0])["score"].notna().all()
 
 
 # Classes
@@ -235,13 +297,37 @@ def test_a_series_longer_than_a_window_has_no_one_class(tmp_path: Path, told: To
 # What does not fit
 
 
+@pytest.mark.parametrize(
+    ("aim", "words", "said"),
+    [
+        (Forecast(horizon=HORIZON), ["--normal", "t.csv"], "--normal does nothing with "),
+        (Impute(), ["--missing", "last"], "takes --columns, --time, --time-format, --frequency\n"),
+        (Reconstruct(), ["--share", "0.1"], "which was trained to Reconstruct; it takes"),
+        (CLASSES, ["--time", "date"], "which was trained to Classify; it takes --columns, --id\n"),
+    ],
+    ids=["Forecast", "Impute", "Reconstruct", "Classify"],
+)
+def test_a_word_that_an_aim_does_not_use_is_refused(
+    aim: Forecast | Impute | Reconstruct | Classify,
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    told: Told,
+) -> None:
+    file, csv = saved_set(tmp_path / "s", aim=aim), table(tmp_path / "t.csv")
+    assert predict(csv, "--set", file, *words) == 2
+    assert said in told()[1]
+
+
 def test_other_columns_are_refused_and_can_be_chosen(tmp_path: Path, told: Told) -> None:
     file = saved_set(tmp_path / "s", aim=Reconstruct())
     csv = table(tmp_path / "t.csv", columns=("a", "b", "c"))
     assert predict(csv, "--set", file) == 2
     assert "was trained on 2 columns (load, OT)" in told()[1]
     assert predict(csv, "--set", file, "--columns", "a") == 2
-    assert told()[1] == f"polyadapt: 1 columns are named, {file} was trained on 2\n"
+    assert told()[1] == f"polyadapt: 1 column named, {file} was trained on 2\n"
+    assert predict(csv, "--set", file, "--columns", "a", "a") == 2
+    assert told()[1] == f"polyadapt: {csv}: the column 'a' is named twice\n"
     assert predict(csv, "--set", file, "--columns", "a", "c") == 0
 
 

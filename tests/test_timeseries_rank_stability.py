@@ -71,3 +71,6 @@ def test_the_command_prints_a_table_and_writes_a_picture(
     assert capsys.readouterr().out.count("| Adam |") == 3
     with pytest.raises(AdaptError, match="draws=0 is not allowed"):
         rank_stability.main(["--draws", "0"])
+    with pytest.raises(AdaptError, match=r"the folder .*nowhere does not exist"):
+        rank_stability.main(["--out", str(tmp_path / "nowhere" / "rank.png")])
+    assert capsys.readouterr().out == "", "nothing was measured"

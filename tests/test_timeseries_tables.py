@@ -127,8 +127,12 @@ def test_a_byte_order_mark_and_quotes_do_not_matter(tmp_path: Path) -> None:
         (["a,b", "1,2", "3,inf"], "t.csv, column 'b', row 2: 'inf' is not finite"),
         (["at,b", "2020-01-01,2"], "t.csv, column 'at' holds text, '2020-01-01' in row 1: name"),
         (["a,b", "1,2", "3,"], "t.csv, column 'b' has no value in its last row 2: cut these rows"),
-        (["a,b", "1,", "3,4"], "t.csv, column 'b' has no value in row 1: missing=interpolate"),
-        (["a,b", "1,", "3,", "2,9"], "t.csv, column 'b' has no value in rows 1 to 2"),
+        (["a,b", "1,", "3,4"], "t.csv, column 'b' begins without a value, row 1: cut these rows"),
+        (["a,b", "1,2", "3,", "2,9"], "t.csv, column 'b' has no value in row 2: missing=interpol"),
+        (
+            ["a,b", "1,2", "3,", "2,", "1,9"],
+            "t.csv, column 'b' has no value in rows 2 to 3: missing",
+        ),
         (["a,b", "1,", "3,"], "t.csv, column 'b' has no value at all: leave it out"),
     ],
 )
@@ -205,11 +209,14 @@ def test_rows_that_are_missing_are_filled_where_asked(tmp_path: Path) -> None:
         assert len(series.times) == 8
         assert series.frequency == "h"
     assert "a run of 2, up to 1 are filled" in refused(path, time="at", missing="last", longest=1)
+    lines = ["a", "1", *["NaN"] * 25, "1"]
+    assert "a run of 25, up to 24 are filled" in refused(csv(tmp_path, *lines))
 
 
 def test_what_cannot_be_filled_is_refused(tmp_path: Path) -> None:
     path = csv(tmp_path, "a,b", ",1", "2,1", "3,")
-    assert "column 'a' begins without a value, row 1" in refused(path, missing="last")
+    for how in ("refuse", "last"):  # what no setting mends is told at once
+        assert "column 'a' begins without a value, row 1" in refused(path, missing=how)
     assert "column 'b' has no value in its last row 3" in refused(
         path, missing="interpolate", columns=["b"]
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..core.adapters.lora import LoRA
+from ..core.recipe import require
 from .patches import Patches
 
 Schedule = Literal["constant", "cosine"]
@@ -64,6 +65,7 @@ def code(rank: int = 16) -> Published:
     >>> code().recipe.scale_of(16)
     4.0
     """
+    require(rank >= 1, f"rank={rank} is not allowed: a whole number from 1")
     recipe = LoRA(
         rank=rank,
         alpha=16.0,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from torch import Generator, Tensor
 from torchmetrics import Metric, MetricCollection
 
-from ..core.backbone import check_settings
+from ..core.backbone import one_of_kinds
 from ..core.errors import AdaptError
 from .network import Network
 
@@ -114,13 +114,7 @@ class Aim(ABC):
     @classmethod
     def from_json(cls, data: object) -> Self:
         """The settings that `to_json` wrote; an unknown kind or setting is refused by name."""
-        kinds = cls.kinds()
-        if not isinstance(data, Mapping) or data.get("aim") not in kinds:
-            raise AdaptError(f"{data!r} names no aim; there are {', '.join(kinds)}")
-        settings = {str(key): value for key, value in data.items() if key != "aim"}
-        kind = kinds[data["aim"]]
-        check_settings(kind, settings)
-        return kind(**settings)
+        return one_of_kinds("aim", cls.kinds(), data)
 
 
 def parts_of(batch: Batch, needed: int) -> Sequence[Tensor]:

@@ -146,8 +146,12 @@ class Classify(Aim):
 
     def misfit(self, data: object) -> str | None:
         found = tuple(getattr(data, "classes", self.classes))
-        same = found == self.classes
-        return None if same else f"the head knows {self.classes}, the data has {found}"
+        if found != self.classes:
+            return f"the head knows {self.classes}, the data has {found}"
+        names = getattr(data, "names", None) or ()
+        if names and len(names) != self.channels:
+            return f"a patch of the network has {self.channels} channels, the data {len(names)}"
+        return None
 
     def outputs(self, look_back: int) -> int:
         return len(self.classes)
@@ -196,8 +200,9 @@ class Reconstruct(Aim):
         return look_back
 
     def example(self, batch: Batch, draws: Generator | None) -> Example:
-        x, *labels = parts_of(batch, 1)
-        return Example(x, x, labels=labels[0] if labels else None)
+        x, *others = parts_of(batch, 1)
+        labelled = bool(others) and others[0].shape == x.shape[:2]  # else a future, or a class
+        return Example(x, x, labels=others[0] if labelled else None)
 
     def answer(self, network: Network, x: Tensor, observed: Tensor | None = None) -> Tensor:
         return each_channel(network, x, observed).mT
@@ -217,7 +222,9 @@ class Reconstruct(Aim):
 
     def judged(self, answer: Tensor, example: Example) -> tuple[Tensor, Tensor]:
         if example.labels is None:
-            raise AdaptError("a test for anomalies needs labels [b, L] beside the windows")
+            raise AdaptError(
+                "a test for anomalies needs labels [b, L] beside the windows: of AnomalyTable, say"
+            )
         return self.scores(answer, example.x), example.labels
 
 

@@ -45,8 +45,8 @@ def backtest(forecaster: Forecaster, series: Series, share: float, every: int | 
     starts = list(range(first, len(series) - ahead + 1, every or ahead))
     if not starts:
         raise AdaptError(
-            f"the table has {len(series)} rows, {len(series) - first} of them to forecast: a window"
-            f" of {forecaster.called} is {look_back} and {ahead} rows"
+            f"the table has {len(series)} rows, {max(0, len(series) - first)} of them to forecast:"
+            f" a window of {forecaster.called} is {look_back} and {ahead} rows"
         )
     past = np.stack([series.values[at - look_back : at] for at in starts])
     truth = np.stack([series.values[at : at + ahead] for at in starts])

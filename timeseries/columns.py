@@ -18,15 +18,39 @@ def trained_columns(
     ['load']
     """
     if not {*names} <= {*there}:
-        refuse_columns(names, there, table, called)
+        count = counted(len(names), "column")
+        raise AdaptError(
+            f"{_trained_on(names, called)}, {table} has {', '.join(there)}: name {count} with"
+            " --columns, in that order"
+        )
     return names
 
 
-def refuse_columns(
+def refuse_series(
     names: Sequence[str], there: Sequence[str], table: Path, called: object
 ) -> NoReturn:
-    """One line for a table without them."""
+    """One line for a table that has other series below each other."""
     raise AdaptError(
-        f"{called} was trained on {len(names)} columns ({', '.join(names)}), {table} has"
-        f" {', '.join(there)}: name {len(names)} columns with --columns, in that order"
+        f"{_trained_on(names, called)}, {table} has the series {', '.join(there)}: forecast a table"
+        " of those, or fit these their own set"
     )
+
+
+def once(names: Sequence[str], whose: object) -> Sequence[str]:
+    """`names`, unless one is there twice."""
+    if twice := [name for at, name in enumerate(names) if name in names[:at]]:
+        raise AdaptError(f"{whose}: the column {twice[0]!r} is named twice")
+    return names
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "column"), counted(2, "column")
+    ('1 column', '2 columns')
+    """
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _trained_on(names: Sequence[str], called: object) -> str:
+    return f"{called} was trained on {counted(len(names), 'column')} ({', '.join(names)})"

@@ -19,10 +19,10 @@ from ..core.container import write_atomically
 from ..core.errors import AdaptError
 from ..core.records import records_csv
 from ..core.run_folder import make_folder
+from .backbone_words import HELP, backbone_called
 from .methods import METHODS, Method, method_called
 
 if TYPE_CHECKING:
-    from .backbones import Backbone
     from .compare_run import Comparison, Record
 
 FILES = ("outcomes.csv", "table.md", "comparison.png")
@@ -57,8 +57,8 @@ def compare(
     """Every method at every horizon with every seed; the files of `FILES` go to `out`.
 
     `published`: rows of the papers below ours, where the data are a benchmark that we know them of.
-    Raises `AdaptError` before any run for a horizon below 1 or without a window, and for a record
-    of other settings.
+    Raises `AdaptError` before any run for a horizon below 1 or without a window, for a method that
+    cannot be built, and for a record of other settings.
     """
     from .compare_report import picture, table
     from .compare_run import Run
@@ -73,7 +73,10 @@ def compare(
     ]
     done = [run.finished() for run in runs]
     if None in done:
-        shared.require_windows(max(horizons))
+        period = shared.require_windows(max(horizons)).period
+    for run, found in zip(runs, done, strict=True):
+        if found is None and run.horizon == min(horizons) and run.seed == seeds[0]:
+            run.require_model(period)
     print(f"{len(runs)} runs, {len(runs) - done.count(None)} of them finished before", flush=True)
     make_folder(out)
     records = []
@@ -117,19 +120,6 @@ def shared_of(asked: argparse.Namespace) -> Comparison:
     )
 
 
-def backbone_called(word: str, blocks: int) -> Backbone:
-    """minilm, gpt2, or a language model of transformers by its name or folder.
-
-    >>> backbone_called("minilm", 3)
-    OfflineMiniLM(blocks=3, pretrained=True, seed=0)
-    """
-    from .backbones import GPT2, LanguageModel, OfflineMiniLM
-
-    if word == "minilm":
-        return OfflineMiniLM(blocks=blocks)
-    return GPT2(blocks=blocks) if word == "gpt2" else LanguageModel(name=word, blocks=blocks)
-
-
 def _source(path: str, time: str | None) -> tuple[str, Any]:
     """The kind of data, and what makes a module of it: a benchmark by its file's name, a table."""
     from .data import ETT, Benchmark, TableData
@@ -159,8 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=_numbers_of, default=[0, 1, 2], metavar="0,1,...")
     add("--methods", default=",".join(METHODS), metavar="A,B:RATE,...", help=_about_methods())
     add("--look-back", type=int, default=336, metavar="L", help="default: 336")
-    add("--backbone", default="minilm", metavar="WORD", help="minilm, gpt2, or a name or folder")
-    add("--blocks", type=int, default=6, metavar="N", help="of the language model; default: 6")
+    add("--backbone", default="minilm", metavar="WORD", help=f"{HELP}; default: minilm")
+    add("--blocks", type=int, metavar="N", help="of the language model; default: 6")
     add("--patch", type=int, metavar="P", help="rows of a patch; default: the recipe's")
     add("--stride", type=int, metavar="S", help="between patches; default: the recipe's")
     add("--recipe", choices=("code", "paper"), default="code", help="One-for-All's; default: code")

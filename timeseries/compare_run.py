@@ -95,11 +95,12 @@ class Comparison:
             said |= {"backbone": backbone, "patches": self.patches.to_json(), "adapter": adapter}
         return digest(said)
 
-    def require_windows(self, horizon: int) -> None:
-        """Refuse data in which a part has no window of this horizon."""
+    def require_windows(self, horizon: int) -> SeriesData:
+        """The data, unless a part has no window of this horizon."""
         data = self.windows(horizon, seed=0)
         for part in ("train", "val", "test"):
             data.windows(part)
+        return data
 
     def windows(self, horizon: int, seed: int) -> SeriesData:
         """The data of one run, read."""
@@ -139,6 +140,12 @@ class Run:
         found = self._run()
         write_record(self.folder, found)
         return found
+
+    def require_model(self, period: int) -> None:
+        """Refuse a method that cannot be built, or does not take a window of this look-back."""
+        candidate = self.method.build(self.given(period))
+        with torch.no_grad():
+            candidate.model.eval()(torch.zeros(1, self.shared.look_back, 1))
 
     def _run(self) -> Record:
         shared, method = self.shared, self.method

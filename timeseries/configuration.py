@@ -7,17 +7,25 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from ..core.configuration import Domain
+from ..core.errors import AdaptError
 from ..core.run_folder import write_test_table
-from . import data as data  # data modules are found by their short names
-from . import data_anomaly as data_anomaly
-from . import data_competition as data_competition
-from . import data_labelled as data_labelled
 from .aim import Aim
+from .aims import Classify, Forecast, Impute, Reconstruct
 from .backbones import Backbone
+from .data import SeriesData
+from .data_anomaly import AnomalyTable
+from .data_competition import CompetitionData
+from .data_labelled import UCR
 from .description import describe
 from .task import SeriesTask
 
 TEST_TABLE = "test_metrics.csv"
+_NEXT: dict[type[Aim], str] = {
+    Forecast: "forecast TABLE --time COLUMN --set {adapter}",
+    Classify: "predict TABLE --set {adapter}",
+    Reconstruct: "predict TABLE --normal TABLE --set {adapter}",
+    Impute: "predict TABLE --time COLUMN --set {adapter}",
+}
 
 
 class Measured(Callback):
@@ -25,6 +33,10 @@ class Measured(Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:  # scores are of windows in the order of time, each once
+            raise AdaptError(f"test with --trainer.devices 1, not with {trainer.world_size}")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -34,6 +46,17 @@ class Measured(Callback):
 
 def _backbone_of(set_file: str | Path) -> Backbone:
     return describe(set_file).backbone
+
+
+def _check(task: SeriesTask, data: LightningDataModule, trainer: Trainer) -> None:
+    """Data of ours are read here: what does not fit must not have cost the folder its old run."""
+    if not isinstance(data, SeriesData | CompetitionData | AnomalyTable | UCR):
+        return
+    task.tell(data)
+    data.setup("fit")
+    task.require_fit(data)
+    data.train_dataloader()
+    data.val_dataloader()
 
 
 DOMAIN = Domain(
@@ -47,5 +70,6 @@ DOMAIN = Domain(
     backbone_of=_backbone_of,
     measured=Measured,
     test_files=[TEST_TABLE],
-    next_words="forecast TABLE --time COLUMN --set {adapter}",
+    check=_check,
+    next_words=lambda task: _NEXT[type(task.aim)],
 )

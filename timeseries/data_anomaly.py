@@ -172,7 +172,10 @@ class AnomalyTable(LightningDataModule):
             names = tuple(name for name in frame.columns if name not in left_out)
             if not names:
                 raise AdaptError(f"{path}: no column is left as a channel")
-            read = [numbers(frame[name], f"{path}, column {name!r}") for name in names]
+            read = [
+                numbers(frame[name], f"{path}, column {name!r}", f"without=[{name}] leaves it out")
+                for name in names
+            ]
             values = np.stack(read, axis=1)
         return filled(values, names, self.missing, whose=path), names
 

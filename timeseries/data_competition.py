@@ -69,7 +69,6 @@ class CompetitionData(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.look_back: int | None = None
         self.horizon: int | None = None
-        self.names: tuple[str, ...] = ("value",)
         self._read: tuple[Contest, Rules] | None = None
 
     @abstractmethod
@@ -146,6 +145,8 @@ class CompetitionData(LightningDataModule, ABC):
     def _shape(self) -> tuple[int, int]:
         if self.look_back is None or self.horizon is None:
             raise AdaptError("set data.look_back and data.horizon first")
+        if not self.horizon:
+            raise AdaptError("the series of a competition are for the aim Forecast alone")
         if self.horizon < self.rules.horizon:
             raise AdaptError(
                 f"horizon={self.horizon}: the competition asks for {self.rules.horizon} steps"

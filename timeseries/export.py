@@ -9,13 +9,13 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.cli import OneLineParser
-from ..core.container import write_atomically
+from ..core.container import require_place, write_atomically
 from ..core.errors import AdaptError
 from ..core.sets import AdapterSet
 from .aims import Forecast, Impute
@@ -23,9 +23,6 @@ from .deployed import Deployed, channels_of
 from .description import Description, describe, load_set
 from .edge import measure, opener
 from .network import Network
-
-if TYPE_CHECKING:
-    pass
 
 TOLERANCE = 1e-5
 _MOST = 1 << 16  # windows in a batch of the exported model
@@ -140,6 +137,9 @@ def main(argv: list[str]) -> int:
     kind = asked.out.suffix
     if kind not in WRITERS:
         raise AdaptError(f"--out {asked.out} is not allowed: a name that ends with .pt2 or .onnx")
+    require_place(asked.out)
+    if not asked.tolerance > 0:
+        raise AdaptError(f"--tolerance {asked.tolerance:g} is not allowed: above 0")
     about = describe(asked.set)
     content, far = exported(asked.set, kind, asked.tolerance)
     write_atomically(asked.out, content)

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..core.cli import OneLineParser
-from ..core.container import write_atomically
+from ..core.container import require_place, write_atomically
 from ..core.errors import AdaptError
-from .backbones import Backbone, NoLanguageModel, OneAttention
-from .columns import refuse_columns, trained_columns
-from .compare import backbone_called
+from .backbone_words import HELP, backbone_called
 from .forecaster import Forecaster, device
-from .frames import read_frame
 from .outlook import Outlook, as_csv
 from .own_fit import Plan, described, fit_table
 from .pictures import forecast_picture, panels_of
 from .series import Series
-from .tables import read_long, read_table, side_by_side
+from .table_words import Tables, add_table_arguments, tables_of
 
-_OWN: dict[str, Backbone] = {"none": NoLanguageModel(), "attention": OneAttention()}
 _OF_A_PLAN = ("look_back", "epochs", "windows", "seed")
 _OF_A_FIT = (*_OF_A_PLAN, "backbone", "blocks", "save")
 
@@ -33,7 +29,7 @@ def main(argv: list[str]) -> int:
     asked = _parser().parse_args(argv)
     _check(asked)
     known = Forecaster.from_file(asked.set, device()) if asked.set else None
-    tables = _read(asked, known)
+    tables = tables_of(asked, known)
     forecaster = known or _fitted(asked, tables.whole["table"])
     found = {name: forecaster.forecast(s, asked.horizon) for name, s in tables.whole.items()}
     text = as_csv(tables.apart(found), asked.time or "row", asked.id)
@@ -48,86 +44,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Tables:
-    """What is forecast, by name: a table, or series below each other.
-
-    `whole`: what a forecaster sees: "table", or each series by itself; `parts`: for series that it
-    sees as the channels of one table, the channels of each.
-    """
-
-    whole: Mapping[str, Series]
-    parts: Mapping[str, tuple[str, ...]]
-
-    def apart(self, found: Mapping[str, Outlook]) -> Mapping[str, Outlook]:
-        """The forecasts by series."""
-        if not self.parts:
-            return found
-        apart, first = {}, 0
-        for name, columns in self.parts.items():
-            place = slice(first, first + len(columns))
-            apart[name], first = found["table"].channels(place, columns), place.stop
-        return apart
-
-
-def _read(asked: argparse.Namespace, known: Forecaster | None) -> Tables:
-    how = {
-        "time": asked.time,
-        "frequency": asked.frequency,
-        "missing": asked.missing,
-        "time_format": asked.time_format,
-        "covariates": asked.covariates,
-    }
-    if asked.id is None:
-        columns = asked.columns or _trained(asked.table, known)
-        return Tables({"table": read_table(asked.table, columns=columns, **how)}, {})
-    series = read_long(asked.table, id=asked.id, columns=asked.columns, **how)
-    if known is not None and known.about.scaler is None:
-        return Tables(series, {})  # it takes any series by itself
-    if known is not None and known.about.names is not None:
-        series = _in_order(series, known.about.names)
-    whole = side_by_side(series)
-    if known is not None and known.about.names not in (None, whole.names):
-        refuse_columns(known.about.names or (), whole.names, asked.table, known.called)
-    return Tables({"table": whole}, {name: one.names for name, one in series.items()})
-
-
-def _in_order(series: Mapping[str, Series], names: Sequence[str]) -> dict[str, Series]:
-    """The series in the order of the trained ones, those that were not among them last."""
-
-    def place(name: str) -> int:
-        own = {name, *(f"{name}.{column}" for column in series[name].names)}
-        return next((at for at, trained in enumerate(names) if trained in own), len(names))
-
-    return {name: series[name] for name in sorted(series, key=place)}
-
-
-def _trained(table: Path, known: Forecaster | None) -> Sequence[str] | None:
-    """The columns that a set was trained on, which the table must have."""
-    if known is None or known.about.names is None:
-        return None
-    there = list(read_frame(table).columns)
-    return trained_columns(known.about.names, there, table, known.called)
-
-
 def _fitted(asked: argparse.Namespace, series: Series) -> Forecaster:
     """Fit to the table, and say what that is worth."""
-    plan = Plan(backbone=_backbone(asked), horizon=asked.horizon, **_given(asked, _OF_A_PLAN))
+    backbone = backbone_called(asked.backbone or "minilm", asked.blocks, usual=3)
+    plan = Plan(backbone=backbone, horizon=asked.horizon, **_given(asked, _OF_A_PLAN))
     _say(f"fitting {described(plan)}")
     fit = fit_table(series, plan)
     _say(f"fitted in {fit.seconds:.0f} s\n{fit.report()}")
     for measure, names in fit.better.items():
-        _say(f"note: by {measure}, {' and '.join(names)} did no worse there, and needs no model")
+        needs = "needs" if len(names) == 1 else "need"
+        _say(f"note: by {measure}, {' and '.join(names)} did no worse there, and {needs} no model")
     if asked.save is not None:
         fit.task.save_adapter(asked.save)
         _say(f"adapter file: {asked.save}")
     return Forecaster(fit.task.about, fit.task.network, "the fitted set")
-
-
-def _backbone(asked: argparse.Namespace) -> Backbone:
-    blocks = 3 if asked.blocks is None else asked.blocks
-    word = asked.backbone or "minilm"
-    return _OWN.get(word) or backbone_called(word, blocks)
 
 
 def _given(asked: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -143,8 +73,8 @@ def _check(asked: argparse.Namespace) -> None:
     if asked.set is not None and (idle := _given(asked, _OF_A_FIT)):
         raise AdaptError(f"--{next(iter(idle)).replace('_', '-')} is of a fit: with --set none is")
     for place in (asked.out, asked.picture, asked.save):
-        if place is not None and not place.parent.is_dir():
-            raise AdaptError(f"cannot write {place}: the folder {place.parent} does not exist")
+        if place is not None:
+            require_place(place)
 
 
 def _picture(tables: Tables, found: Mapping[str, Outlook], title: str) -> bytes:
@@ -178,10 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add_table_arguments(table.add_argument)
     fit = parser.add_argument_group("what is fitted without --set")
     add = fit.add_argument
-    words = (
-        "minilm (offline, the default), gpt2, none, attention, a name of transformers or a folder"
-    )
-    add("--backbone", metavar="WORD", help=words)
+    add("--backbone", metavar="WORD", help=f"{HELP}; default: minilm")
     add("--blocks", type=int, metavar="N", help="of the language model; default: 3")
     add("--look-back", type=int, metavar="L", help="rows; default: a third of those trained on")
     add("--epochs", type=int, metavar="N", help="default: 5")
@@ -189,16 +116,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, metavar="N", help="default: 0")
     add("--save", type=Path, metavar="FILE", help="keep what was fitted, for --set")
     return parser
-
-
-def add_table_arguments(add: Callable[..., Any]) -> None:
-    """How a table is read: the words that `read_table` and `read_long` take."""
-    add("--time", metavar="COLUMN", help="with the times; without, rows are the steps")
-    add("--time-format", metavar="FORM", help="of the times, as strftime's: %%d/%%m/%%Y")
-    add("--columns", nargs="+", metavar="NAME", help="to forecast; default: all, or the set's")
-    add("--id", metavar="COLUMN", help="which series a row is of, if they are below each other")
-    add("--frequency", metavar="STEP", help="of the rows (h, 15min, D, MS); default: inferred")
-    filled = "gaps of up to 24 rows; default: refuse"
-    add("--missing", choices=("refuse", "interpolate", "last"), default="refuse", help=filled)
-    unknown = "refused by name: what is known ahead is not used"
-    add("--covariates", nargs="+", default=(), metavar="NAME", help=unknown)

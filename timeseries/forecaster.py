@@ -11,6 +11,7 @@ import torch
 
 from ..core.errors import AdaptError, StoreError
 from .aims import Forecast
+from .columns import counted
 from .description import Description, describe, load_set
 from .network import Network
 from .outlook import Outlook, later_times
@@ -110,15 +111,19 @@ class Forecaster:
         if wanted not in (None, len(series.names)):
             whose = ", ".join(about.names or ())
             raise AdaptError(
-                f"the table has {len(series.names)} columns to forecast"
+                f"the table has {counted(len(series.names), 'column')} to forecast"
                 f" ({', '.join(series.names)}), {self.called} was trained on {wanted} ({whose})"
             )
-        steps = about.frequency, series.frequency
-        if not _same(*steps):
-            raise AdaptError(
-                f"the table has a row every {steps[1]}, {self.called} was trained on rows every"
-                f" {steps[0]}: resample the table, or fit it its own set"
-            )
+        require_step(about.frequency, series.frequency, self.called)
+
+
+def require_step(trained: str | None, found: str | None, called: object) -> None:
+    """Refuse a table of another step than a set was trained on."""
+    if not _same(trained, found):
+        raise AdaptError(
+            f"the table has a row every {found}, {called} was trained on rows every {trained}:"
+            " resample the table, or fit it its own set"
+        )
 
 
 def _same(one: str | None, other: str | None) -> bool:

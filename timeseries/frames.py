@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,22 +79,32 @@ def _read_csv(path: Path) -> Any:
     ).set_axis(names, axis=1)
 
 
-def numbers(column: Any, whose: str) -> Values:
-    """A column as float64, NaN where it is empty; text is named with its row, counted from 1."""
+def require_columns(frame: Any, names: Sequence[str], whose: object) -> None:
+    """Refuse a frame without one of the columns."""
+    for name in names:
+        if name not in frame.columns:
+            raise AdaptError(f"{whose}: there is no column {name!r}: {', '.join(frame.columns)}")
+
+
+def numbers(column: Any, whose: str, mend: str | None = None) -> Values:
+    """A column as float64, NaN where it is empty; text is named with its row, counted from 1.
+
+    `mend`: what to do about a column without a number, other than to say what it is.
+    """
     import pandas as pd
 
     kind = pd.api.types
     if kind.is_datetime64_any_dtype(column) or kind.is_timedelta64_dtype(column):
-        raise AdaptError(f"{whose} holds times: say time={column.name!r}, or leave it out")
+        mend = mend or f"say time={column.name!r}, or leave it out"
+        raise AdaptError(f"{whose} holds times: {mend}")
     read: Values = pd.to_numeric(column, errors="coerce").to_numpy(
         dtype=np.float64, na_value=np.nan
     )
     bad = np.isnan(read) & column.notna().to_numpy()
     if bad.all():
-        raise AdaptError(
-            f"{whose} holds text, {shown(column.iloc[0])} in row 1: name the columns to forecast,"
-            f" or say time={column.name!r} or id={column.name!r} if it is that"
-        )
+        known = f"say time={column.name!r} or id={column.name!r} if it is that"
+        mend = mend or f"name the columns to forecast, or {known}"
+        raise AdaptError(f"{whose} holds text, {shown(column.iloc[0])} in row 1: {mend}")
     for wrong, what in ((bad, "is not a number"), (np.isinf(read), "is not finite")):
         if wrong.any():
             row = int(wrong.argmax())

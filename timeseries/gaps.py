@@ -68,14 +68,14 @@ def _require_fillable(
     if stop == rows and missing != "last":
         ahead = "cut these rows (values known ahead of time are not supported), or missing=last"
         raise AdaptError(f"{column} has no value in its last {where}: {ahead}")
-    if missing == "refuse":
-        raise AdaptError(f"{column} has no value in {where}: missing=interpolate or last fills it")
     if start == 0:
         raise AdaptError(f"{column} begins without a value, {where}: cut these rows")
     if stop - start > longest:
         raise AdaptError(
             f"{column} has no value in {where}: a run of {stop - start}, up to {longest} are filled"
         )
+    if missing == "refuse":
+        raise AdaptError(f"{column} has no value in {where}: missing=interpolate or last fills it")
 
 
 def _fill(column: Values, lost: NDArray[np.bool_], missing: Missing) -> Values:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,31 +13,36 @@ import numpy as np
 import torch
 
 from ..core.cli import OneLineParser
-from ..core.container import write_atomically
+from ..core.container import require_place, write_atomically
 from ..core.errors import AdaptError
 from .aim import Aim
 from .aims import Classify, Forecast, Impute, Reconstruct
 from .backtest import as_frame, backtest
-from .columns import trained_columns
-from .deployed import Deployed, channels_of
-from .description import describe, load_set
-from .forecaster import Forecaster, device
-from .frames import numbers, read_frame
+from .description import describe
+from .forecaster import Forecaster, device, require_step
+from .frames import read_frame, require_columns
+from .gaps import filled
 from .metrics import anomaly_threshold
 from .series import Values
-from .tables import read_table
+from .table_words import add_table_arguments, tables_of
+from .times import read_times, step_of
+from .windowed import Model, by_rows
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_AT_ONCE = 256  # windows in a pass
+_SHARE = 0.2  # of the rows that are forecast
 
 
 def main(argv: list[str]) -> int:
     """Write the table that the set's aim makes of a table; what is said of it goes to stderr."""
-    asked = _parser().parse_args(argv)
-    aim = describe(asked.set).aim
-    frame, said = _OF_AIM[type(aim)](asked)
+    parser = _parser()
+    asked = parser.parse_args(argv)
+    if asked.out is not None:
+        require_place(asked.out)
+    kind = type(describe(asked.set).aim)
+    _refuse_idle(asked, parser, kind)
+    frame, said = _OF_AIM[kind].run(asked)
     text = frame.to_csv(index=False, float_format="%.8g")
     if asked.out is None:
         print(text, end="")
@@ -47,114 +52,76 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-class Model:
-    """A set that classifies, fills or judges: windows [n, L, C] in their own units -> answers.
-
-    Raises `StoreError` for a file that is missing, damaged or holds no time series model.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.about = describe(path)
-        network = self.about.network().eval()
-        load_set(network, path)
-        self.path = path
-        self.length, self.channels = self.about.look_back, channels_of(self.about)
-        # Scaled here in fp64: in fp32 a small change of a large number is lost.
-        self.module = Deployed(replace(self.about, scaler=None), network).to(device())
-
-    @torch.inference_mode()
-    def __call__(self, windows: Values) -> Values:
-        """See `Deployed`; what is filled is in the units of the table, scores stay scaled."""
-        scaler = self.about.scaler
-        scaled = windows if scaler is None else scaler.apply(windows)
-        found = []
-        for first in range(0, len(scaled), _AT_ONCE):
-            x = torch.from_numpy(scaled[first : first + _AT_ONCE]).float().to(device())
-            found.append(self.module(x).double().cpu().numpy())
-        answers: Values = np.concatenate(found)
-        fills = isinstance(self.about.aim, Impute) and scaler is not None
-        return scaler.undo(answers) if fills and scaler is not None else answers
-
-    def read(self, frame: pd.DataFrame, table: Path, chosen: Sequence[str] | None) -> Values:
-        """[rows, C], NaN where one is missing: the columns that were trained on, or `chosen`."""
-        names = self.names(frame, table, chosen)
-        found = [numbers(frame[name], f"{table}, column {name!r}") for name in names]
-        return np.stack(found, axis=1)
-
-    def names(self, frame: pd.DataFrame, table: Path, chosen: Sequence[str] | None) -> list[str]:
-        """Their names."""
-        trained = self.about.names or ()
-        if chosen is None and not trained:
-            raise AdaptError(f"{self.path} names no columns: name them with --columns")
-        wanted = trained if chosen is None else chosen
-        names = trained_columns(wanted, list(frame.columns), table, self.path)
-        if len(names) != self.channels:
-            raise AdaptError(
-                f"{len(names)} columns are named, {self.path} was trained on {self.channels}"
-            )
-        return list(names)
-
-
-def tiles(rows: int, length: int, whose: object = "the table") -> list[tuple[int, int]]:
-    """Windows that cover all rows: (first row, rows of it that are new); the last ends at the end.
-
-    >>> tiles(10, 4)
-    [(0, 4), (4, 4), (6, 2)]
-    """
-    if rows < length:
-        raise AdaptError(f"{whose} has {rows} rows: a window of the set has {length}")
-    found = [(first, length) for first in range(0, rows - length + 1, length)]
-    rest = rows % length
-    return [*found, (rows - length, rest)] if rest else found
-
-
-def _by_rows(model: Model, values: Values, table: Path) -> Values:
-    """The answers for all rows of a table, [rows] or [rows, C], each from one window."""
-    places = tiles(len(values), model.length, table)
-    windows = np.stack([values[first : first + model.length] for first, _ in places])
-    if len(empty := np.argwhere(np.isnan(windows).all(axis=1))):
-        first = places[int(empty[0, 0])][0]
+def _refuse_idle(
+    asked: argparse.Namespace, parser: argparse.ArgumentParser, kind: type[Aim]
+) -> None:
+    """A word that the set's aim has no use for would be ignored."""
+    taken = _OF_AIM[kind].takes
+    given = [name for name, value in vars(asked).items() if value != parser.get_default(name)]
+    if idle := [name for name in given if name not in ("table", "set", "out", "columns", *taken)]:
+        first, *rest = (f"--{name.replace('_', '-')}" for name in (idle[0], "columns", *taken))
         raise AdaptError(
-            f"{table}: a column has no value in rows {first + 1} to {first + model.length}: a"
-            f" window of {model.length} rows needs one"
+            f"{first} does nothing with {asked.set}, which was trained to {kind.__name__}; it"
+            f" takes {', '.join(rest)}"
         )
-    answers = model(windows)
-    parts = [found[-new:] for found, (_, new) in zip(answers, places, strict=True)]
-    return np.concatenate(parts)
 
 
 def _filled(asked: argparse.Namespace) -> tuple[pd.DataFrame, str]:
-    """The table with its gaps filled; other columns and values stay."""
+    """The table with its gaps filled, those of rows that are missing, too; all else stays."""
     model, frame = Model(asked.set), read_frame(asked.table)
+    frame = _in_time(asked, model, frame, asked.table, gaps=True)
     values = model.read(frame, asked.table, asked.columns)
     gaps = np.isnan(values)
-    answers = _by_rows(model, values, asked.table) if gaps.any() else values
+    answers = by_rows(model, values, asked.table) if gaps.any() else values
     frame[model.names(frame, asked.table, asked.columns)] = np.where(gaps, answers, values)
     return frame, f"{int(gaps.sum()):,} values are filled"
 
 
 def _judged(asked: argparse.Namespace) -> tuple[pd.DataFrame, str]:
     """The score of every row; with --normal also whether it is an anomaly."""
-    model, frame = Model(asked.set), read_frame(asked.table)
-    scores = _scores(model, frame, asked.table, asked.columns)
-    known = frame[[asked.time]] if asked.time in frame.columns else frame[[]]
-    found = known.assign(score=scores)
+    model = Model(asked.set)
+    frame, scores = _scores(asked, model, asked.table)
+    found = (frame[[]] if asked.time is None else frame[[asked.time]]).assign(score=scores)
     if asked.normal is None:
         return found, "scores are squared errors; --normal TABLE tells from where on is odd"
     aim = model.about.aim
     assert isinstance(aim, Reconstruct), "main has looked"
-    usual = _scores(model, read_frame(asked.normal), asked.normal, asked.columns)
+    _, usual = _scores(asked, model, asked.normal)
     threshold = anomaly_threshold(torch.from_numpy(usual), aim.share)
     found["anomaly"] = (scores > threshold).astype(int)
     rule = f"{aim.share:g} of the rows of {asked.normal} are above it"
     return found, f"{int(found['anomaly'].sum()):,} rows above {threshold:.4g}; {rule}"
 
 
-def _scores(model: Model, frame: pd.DataFrame, table: Path, chosen: Sequence[str] | None) -> Values:
-    values = model.read(frame, table, chosen)
-    if (lost := np.isnan(values).any(axis=1)).any():
-        raise AdaptError(f"{table}, row {int(lost.argmax()) + 1}: a value is missing")
-    return _by_rows(model, values, table)
+def _scores(asked: argparse.Namespace, model: Model, table: Path) -> tuple[pd.DataFrame, Values]:
+    """A table and the score of each of its rows."""
+    frame = _in_time(asked, model, read_frame(table), table, gaps=asked.missing != "refuse")
+    values = model.read(frame, table, asked.columns)
+    names = model.names(frame, table, asked.columns)
+    whole = filled(values, names, asked.missing, whose=str(table))
+    return frame, by_rows(model, whole, table)
+
+
+def _in_time(
+    asked: argparse.Namespace, model: Model, frame: pd.DataFrame, table: Path, gaps: bool
+) -> pd.DataFrame:
+    """The rows, if their times are in order and a step apart; with `gaps` missing ones are put in.
+
+    Without --time rows are the steps.
+    """
+    if asked.time is None:
+        return frame
+    import pandas as pd
+
+    require_columns(frame, [asked.time], table)
+    whose = f"{table}, column {asked.time!r}"
+    own = read_times(frame[asked.time], whose, asked.time_format)
+    frequency, times = step_of(own, asked.frequency, whose, gaps)
+    require_step(model.about.frequency, frequency, asked.set)
+    if len(times) == len(own):
+        return frame
+    whole = frame.set_axis(pd.DatetimeIndex(own)).reindex(times).reset_index(drop=True)
+    return whole.assign(**{asked.time: times})
 
 
 def _classified(asked: argparse.Namespace) -> tuple[pd.DataFrame, str]:
@@ -165,8 +132,8 @@ def _classified(asked: argparse.Namespace) -> tuple[pd.DataFrame, str]:
     import pandas as pd
 
     model, frame = Model(asked.set), read_frame(asked.table)
-    if asked.id is not None and asked.id not in frame.columns:
-        raise AdaptError(f"{asked.table}: there is no column {asked.id!r}: {', '.join(frame)}")
+    if asked.id is not None:
+        require_columns(frame, [asked.id], asked.table)
     groups = {"": frame} if asked.id is None else dict(iter(frame.groupby(asked.id, sort=False)))
     windows = []
     for name, own in groups.items():
@@ -189,22 +156,36 @@ def _classified(asked: argparse.Namespace) -> tuple[pd.DataFrame, str]:
 def _forecast(asked: argparse.Namespace) -> tuple[pd.DataFrame, str]:
     """What the set would have forecast of the last rows, beside what came."""
     forecaster = Forecaster.from_file(asked.set, device())
-    names = forecaster.about.names
-    if asked.columns is None and names is not None:
-        trained_columns(names, list(read_frame(asked.table).columns), asked.table, asked.set)
-    series = read_table(asked.table, time=asked.time, columns=asked.columns or names)
-    found = backtest(forecaster, series, asked.share, asked.every)
+    whole = tables_of(asked, forecaster).whole
+    if len(whole) > 1:
+        raise AdaptError(
+            f"{asked.set} takes series one by one, {asked.table} has {len(whole)}: predict each"
+            " from a table of its own"
+        )
+    (series,) = whole.values()
+    share = _SHARE if asked.share is None else asked.share
+    found = backtest(forecaster, series, share, asked.every)
     lines = [f"{n:<16} MSE {mse:.4f}  MAE {mae:.4f}" for n, (mse, mae) in found.errors.items()]
-    told = f"{len(found.starts):,} windows of {forecaster.aim.horizon} rows, scaled columns"
+    units = "units of the table" if forecaster.about.scaler is None else "scaled columns"
+    told = f"{len(found.starts):,} windows of {forecaster.aim.horizon} rows, {units}"
     frame = as_frame(found, forecaster.levels, asked.time or "row")
     return frame, "\n".join([told, *lines])
 
 
-_OF_AIM: dict[type[Aim], Callable[[argparse.Namespace], tuple[pd.DataFrame, str]]] = {
-    Forecast: _forecast,
-    Impute: _filled,
-    Reconstruct: _judged,
-    Classify: _classified,
+@dataclass(frozen=True)
+class _Way:
+    """How a set of some aim is asked: what makes the answer, and the words that it takes."""
+
+    run: Callable[[argparse.Namespace], tuple[pd.DataFrame, str]]
+    takes: tuple[str, ...]
+
+
+_TIMES = ("time", "time_format", "frequency")
+_OF_AIM: dict[type[Aim], _Way] = {
+    Forecast: _Way(_forecast, (*_TIMES, "missing", "covariates", "id", "share", "every")),
+    Impute: _Way(_filled, _TIMES),
+    Reconstruct: _Way(_judged, (*_TIMES, "missing", "normal")),
+    Classify: _Way(_classified, ("id",)),
 }
 
 
@@ -219,13 +200,10 @@ def _parser() -> argparse.ArgumentParser:
     add("table", type=Path, metavar="TABLE", help="CSV or Parquet")
     add("--set", type=Path, required=True, metavar="FILE", help="the adapter file")
     add("--out", type=Path, metavar="FILE", help="what is found as CSV; default: to stdout")
-    add("--time", metavar="COLUMN", help="with the times; without, rows are the steps")
-    add("--columns", nargs="+", metavar="NAME", help="the channels; default: those trained on")
-    add("--id", metavar="COLUMN", help="classes: which series a row is of; default: all of one")
-    add(
-        "--share", type=float, default=0.2, metavar="S", help="forecasts: of the rows; default: 0.2"
-    )
-    add("--every", type=int, metavar="N", help="forecasts: rows between two; default: the horizon")
+    add_table_arguments(parser.add_argument_group("how the table is read").add_argument)
+    more = parser.add_argument_group("of one aim").add_argument
+    more("--share", type=float, metavar="S", help=f"forecasts: of the rows; default: {_SHARE:g}")
+    more("--every", type=int, metavar="N", help="forecasts: rows between two; default: the horizon")
     usual = "scores: a table without anomalies, whose scores make the threshold"
-    add("--normal", type=Path, metavar="TABLE", help=usual)
+    more("--normal", type=Path, metavar="TABLE", help=usual)
     return parser

@@ -26,7 +26,7 @@ from torch.optim import SGD, Adam
 
 from ..core.adapters.lora import LoRA
 from ..core.cli import OneLineParser
-from ..core.container import write_atomically
+from ..core.container import require_place, write_atomically
 from ..core.errors import AdaptError
 from ..core.sets import attach
 
@@ -107,6 +107,7 @@ def main(argv: list[str]) -> int:
     asked = _parser().parse_args(argv)
     if asked.draws < 1:
         raise AdaptError(f"draws={asked.draws} is not allowed: a whole number from 1")
+    require_place(asked.out)
     curves = [curve(o, rule, draws=asked.draws) for o in OPTIMISERS for rule in RULES]
     print(table(curves))
     write_atomically(asked.out, picture(curves))

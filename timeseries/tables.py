@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import AdaptError
-from .frames import numbers, read_frame
+from .columns import once
+from .frames import numbers, read_frame, require_columns
 from .gaps import LONGEST, Missing, filled
 from .series import Series
 from .times import at, read_times, step_of
@@ -76,7 +77,7 @@ def read_long(
     _refuse(covariates)
     rules = _Rules(time, time_format, frequency, missing, longest)
     frame = read_frame(path)
-    _require(frame, [id], str(path))
+    require_columns(frame, [id], path)
     if frame[id].isna().any():
         raise AdaptError(f"{path}: row {int(frame[id].isna().argmax()) + 1} has no {id!r}")
     return {
@@ -113,14 +114,14 @@ def side_by_side(series: Mapping[str, Series]) -> Series:
 def read_standard(path: str | Path, frequency: str) -> Series:
     """A benchmark's file: all columns but `date`, rows as steps of a known frequency."""
     frame = read_frame(path)
-    _require(frame, ["date"], str(path))
+    require_columns(frame, ["date"], path)
     rules = _Rules(None, None, frequency, "refuse", LONGEST)
     return _series(frame.drop(columns="date"), None, rules, str(path))
 
 
 def _series(frame: Any, columns: Sequence[str] | None, rules: _Rules, whose: str) -> Series:
-    _require(frame, [*([rules.time] if rules.time else []), *(columns or [])], whose)
-    names = [name for name in columns or frame.columns if name != rules.time]
+    require_columns(frame, [*([rules.time] if rules.time else []), *(columns or [])], whose)
+    names = [name for name in once(columns or frame.columns, whose) if name != rules.time]
     if not names:
         raise AdaptError(f"{whose}: there is no column to forecast")
     read = [numbers(frame[name], f"{whose}, column {name!r}") for name in names]
@@ -136,12 +137,6 @@ def _series(frame: Any, columns: Sequence[str] | None, rules: _Rules, whose: str
     series = Series(values, tuple(names), times, frequency)
     _ = series.season  # a frequency that pandas does not know is refused here
     return series
-
-
-def _require(frame: Any, names: Sequence[str], whose: str) -> None:
-    for name in names:
-        if name not in frame.columns:
-            raise AdaptError(f"{whose}: there is no column {name!r}: {', '.join(frame.columns)}")
 
 
 def _refuse(covariates: Sequence[str]) -> None:

@@ -138,16 +138,24 @@ class SeriesTask(AdaptedModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             return
-        for name, value in (("look_back", self.about.look_back), ("horizon", self.aim.steps_ahead)):
-            if hasattr(data, name):
-                setattr(data, name, value)
-        if misfit := self.aim.misfit(data):
-            raise AdaptError(misfit)
+        self.tell(data)
+        self.require_fit(data)
         if stage == "test" and isinstance(self.aim, Forecast) and isinstance(data, CompetitionData):
             self.metrics["test"] = ContestMetric(data)
         if stage == "fit":
             self.about = self.about.of(data)
             self._describe()
+
+    def tell(self, data: object) -> None:
+        """Tell data what windows the network takes."""
+        for name, value in (("look_back", self.about.look_back), ("horizon", self.aim.steps_ahead)):
+            if hasattr(data, name):
+                setattr(data, name, value)
+
+    def require_fit(self, data: object) -> None:
+        """Refuse data, read by now, that are not for the aim."""
+        if misfit := self.aim.misfit(data):
+            raise AdaptError(misfit)
 
     def forward(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
         """Windows x [b, L, C] -> the aim's answer."""
