@@ -1,4 +1,4 @@
-"""Rotations in space: from a vector (the axis, as long as the angle in radians), and how far."""
+"""Rotations in space as vectors: the axis, as long as the angle in radians."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ def cross_matrix(vector: Tensor) -> Tensor:
 
 
 def rotation_of(vector: Tensor) -> Tensor:
-    """The rotation matrix of a rotation vector: exp([v]x), [..., 3] -> [..., 3, 3].
+    """The rotation matrix of a rotation vector: [..., 3] -> [..., 3, 3] (Rodrigues).
 
     >>> rotation_of(torch.tensor([0.0, 0.0, torch.pi / 2])).round().int().tolist()
     [[0, -1, 0], [1, 0, 0], [0, 0, 1]]
     """
-    return torch.matrix_exp(cross_matrix(vector))
+    angle = vector.norm(dim=-1)[..., None, None]
+    across = cross_matrix(vector)
+    half = torch.sinc(angle / (2 * torch.pi))  # sin(angle / 2) / (angle / 2)
+    eye = torch.eye(3, dtype=vector.dtype, device=vector.device)
+    return eye + torch.sinc(angle / torch.pi) * across + half.square() / 2 * across @ across
 
 
 def angle_of(rotation: Tensor) -> Tensor:
@@ -32,6 +36,28 @@ def angle_of(rotation: Tensor) -> Tensor:
     3.0
     """
     return torch.atan2(_twice_the_sine(rotation).norm(dim=-1), _trace(rotation) - 1)
+
+
+def vector_of(rotation: Tensor) -> Tensor:
+    """The rotation vector of a rotation matrix, [..., 3, 3] -> [..., 3], at most pi long.
+
+    At pi itself one of the two vectors that fit.
+
+    >>> turn = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)
+    >>> torch.allclose(vector_of(rotation_of(turn)), turn)
+    True
+    """
+    angle, sine = angle_of(rotation)[..., None], _twice_the_sine(rotation)
+    straight = sine * torch.where(angle < 1e-4, 0.5, angle / (2 * angle.sin()))
+    # Near half a turn the sine vanishes; the even part, cos I + (1 - cos) a a^T, holds the axis a
+    # up to its sign.
+    eye = torch.eye(3, dtype=rotation.dtype, device=rotation.device)
+    outer = (rotation + rotation.mT) / 2 - angle.cos()[..., None] * eye
+    longest = outer.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+    axis = outer.gather(-1, longest.expand(*outer.shape[:-1], 1))[..., 0]
+    axis = axis / axis.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    axis = axis * torch.where((axis * sine).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+    return torch.where(angle < 3.0, straight, axis * angle)
 
 
 def _twice_the_sine(rotation: Tensor) -> Tensor:

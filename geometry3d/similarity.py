@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,12 @@ class Similarity:
         """Of a batch, the ones asked for."""
         return Similarity(self.scale[index], self.rotation[index], self.translation[index])
 
+    def __setitem__(self, index: int | slice | Tensor, other: Similarity) -> None:
+        """Replace some of a batch, in place."""
+        self.scale[index] = other.scale
+        self.rotation[index] = other.rotation
+        self.translation[index] = other.translation
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -61,13 +68,20 @@ class Moments:
         )
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.weight + other.weight,
-            self.source + other.source,
-            self.target + other.target,
-            self.product + other.product,
-            self.square + other.square,
-        )
+        return Moments(*(a + b for a, b in zip(self.sums(), other.sums(), strict=True)))
+
+    def __getitem__(self, index: Tensor) -> Moments:
+        """Of a batch, the ones asked for."""
+        return Moments(*(value[index] for value in self.sums()))
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """The five sums."""
+        return self.weight, self.source, self.target, self.product, self.square
+
+    @classmethod
+    def joined(cls, parts: Sequence[Moments]) -> Moments:
+        """Several batches as one."""
+        return cls(*map(torch.cat, zip(*(part.sums() for part in parts), strict=True)))
 
     def similarity(self, scaled: bool = True, pull: Tensor | float = 0.0) -> Similarity:
         """The similarity with the least weighted sum of squares |y - (s R x + t)|^2.

@@ -18,7 +18,7 @@ from polyadapt.geometry3d.cameras import (
     world_points,
 )
 from polyadapt.geometry3d.focal import focal_of
-from polyadapt.geometry3d.rotations import angle_of, rotation_of
+from polyadapt.geometry3d.rotations import angle_of, rotation_of, vector_of
 from polyadapt.geometry3d.similarity import Similarity, fit_robustly, fit_similarity
 
 
@@ -36,6 +36,7 @@ def test_a_rotation_turns_by_the_length_of_its_vector(angle: float) -> None:
     rotation = rotation_of(angle * torch.tensor([2.0, -1.0, 2.0], dtype=torch.float64) / 3)
     assert abs(angle_of(rotation).item() - angle) < 1e-7
     assert (rotation @ rotation.mT - torch.eye(3)).abs().max() < 1e-12
+    assert (rotation_of(vector_of(rotation)) - rotation).abs().max() < 1e-7
 
 
 def test_ten_points_give_back_the_similarity_that_moved_them() -> None:

@@ -1,0 +1,111 @@
+"""One sweep of an alignment: every camera onto its pairs, then every pair onto its cameras.
+
+Both halves are closed forms or nearly so; there is no learning rate that could throw an exact
+start off. The residuals' lengths e are brought under a square by reweighting: w e becomes
+w e^2 / sqrt(e0^2 + s^2) with e0 the length before the sweep, which lies above it and touches it
+(up to the softening s), so that no sweep raises the cost.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .geometry import Geometry
+from .observations import Observations
+from .rotations import cross_matrix, rotation_of
+from .similarity import Moments
+
+DAMPING = 1e-6  # relative, of the cameras' systems: only to make them solvable
+NEAREST = 1e-6  # the least depth, in the alignment's unit
+
+
+def sweep(seen: Observations, geometry: Geometry, softening: float, know_focals: bool) -> None:
+    """Improve `geometry` in place, holding the weights; `softening` is a length."""
+    parts, cost = [], geometry.depths.new_zeros(())
+    for view, part in enumerate(seen.slices):
+        points = seen.points[part]
+        said = geometry.similarities[seen.edge[part]].apply(points)
+        squared = (said - geometry.world(view)).square().sum(-1)
+        pull = seen.weights[part] / (squared + softening**2).sqrt()
+        cost += (pull * squared).sum()
+        total = pull.sum(0)
+        middle = (pull[..., None] * said).sum(0) / total.clamp_min(1e-30)[:, None]
+        _move_camera(geometry, view, middle, total, know_focals)
+        parts.append(Moments.of(points, geometry.world(view).expand_as(points), pull))
+    _fit_pairs(seen, geometry, Moments.joined(parts), cost)
+
+
+def residuals(seen: Observations, geometry: Geometry) -> Tensor:
+    """|world point - similarity(predicted point)| of every observation, [k, p]."""
+    lengths = []
+    for view, part in enumerate(seen.slices):
+        said = geometry.similarities[seen.edge[part]].apply(seen.points[part])
+        lengths.append((said - geometry.world(view)).norm(dim=-1))
+    return torch.cat(lengths)
+
+
+def _fit_pairs(seen: Observations, geometry: Geometry, moments: Moments, cost: Tensor) -> None:
+    both = moments[seen.place[:, 0]] + moments[seen.place[:, 1]]
+    counted = both.weight > 0
+    # The gauge holds the product of the scales: each is pulled up by the same force, which
+    # balances the whole cost, else noisy pairs would shrink and the rest be blown up for it.
+    pull = cost / counted.sum()
+    geometry.similarities[counted] = both[counted].similarity(pull=pull)
+    geometry.fix_gauge(counted)
+
+
+def _move_camera(
+    geometry: Geometry, view: int, target: Tensor, weight: Tensor, know_focal: bool
+) -> None:
+    """A Gauss-Newton step of pose and focal towards points [p, 3], all depths eliminated.
+
+    A step that does not lower the cost is tried shorter, then left out.
+    """
+    rotation, centre = geometry.rotations[view], geometry.centres[view]
+    focal = geometry.focals[view]
+    step = _step((target - centre) @ rotation, geometry.rays(focal), weight, know_focal)
+    lowest = torch.inf
+    for share in (0.0, 1.0, 0.25):
+        turned = rotation @ rotation_of(share * step[:3])
+        moved = centre + rotation @ (share * step[3:6])
+        longer = focal * (share * step[6]).exp()
+        points, rays = (target - moved) @ turned, geometry.rays(longer)
+        depths = _depths(points, rays)
+        cost = float((weight * (points - depths[:, None] * rays).square().sum(-1)).sum())
+        if cost < lowest:
+            lowest = cost
+            geometry.rotations[view], geometry.centres[view] = turned, moved
+            geometry.focals[view] = longer
+            fitted = depths
+            if share == 1.0:
+                break
+    geometry.depths[view] = torch.where(weight > 0, fitted, geometry.depths[view])
+
+
+def _depths(points: Tensor, rays: Tensor) -> Tensor:
+    """How far along its ray each point [p, 3] is nearest to it, [p]."""
+    return ((points * rays).sum(-1) / rays.square().sum(-1)).clamp_min(NEAREST)
+
+
+def _step(points: Tensor, rays: Tensor, weight: Tensor, know_focal: bool) -> Tensor:
+    """(turn, move, log of focal) [7] that brings the rays nearest to the points, linearised.
+
+    `points` [p, 3] in the camera's frame. Of the residual point - depth * ray only what is across
+    the ray counts: the depth takes up what is along it.
+    """
+    depths = _depths(points, rays)
+    turn = cross_matrix(points)  # d(exp(-w) q) = -w x q = q x w
+    move = -torch.eye(3, dtype=points.dtype, device=points.device).expand_as(turn)
+    flat = rays * rays.new_tensor([1, 1, 0])  # d(ray) / d(log f) = -flat
+    columns = [turn, move, (depths[:, None] * flat)[..., None]]
+    jacobian = torch.cat(columns[: 2 if know_focal else 3], -1)
+    along = rays / rays.norm(dim=-1, keepdim=True)
+    across = jacobian - along[..., None] * (along[:, None, :] @ jacobian)
+    residual = (points - depths[:, None] * rays)[..., None]
+    system = (across.mT @ (weight[:, None, None] * across)).sum(0).double()
+    right = (across.mT @ (weight[:, None, None] * residual)).sum(0).double()
+    system += DAMPING * system.diagonal().mean() * torch.eye(len(system)).to(system)
+    step = torch.zeros(7, 1).to(system)
+    step[: len(system)] = torch.linalg.solve(system, -right)
+    return step[:, 0].to(points.dtype)

@@ -1,0 +1,86 @@
+"""A network's answers about every pair of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.errors import AdaptError
+from .pointmaps import Pair, PointmapNetwork
+
+Progress = Callable[[int, int], None]  # done, of how many
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """m ordered pairs of n views of one size, and what the network said of each.
+
+    edges: [m, 2], row (i, j): points1 is view i's pointmap, points2 view j's, both in i's frame.
+    pair:  the pointmaps [m, h, w, 3] and confidences [m, h, w].
+    """
+
+    edges: Tensor
+    pair: Pair
+
+    def __post_init__(self) -> None:
+        if self.pair.points1.shape != self.pair.points2.shape:
+            one, two = (tuple(p.shape[1:3]) for p in (self.pair.points1, self.pair.points2))
+            raise AdaptError(f"views of {one} and {two} pixels: all views need one size")
+        if len(self.edges) != len(self.pair.points1) or not len(self.edges):
+            raise AdaptError(f"{len(self.pair.points1)} predictions for {len(self.edges)} pairs")
+
+    @property
+    def views(self) -> int:
+        """How many views the pairs speak of."""
+        return int(self.edges.max()) + 1
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of every view."""
+        height, width = self.pair.points1.shape[1:3]
+        return height, width
+
+
+def predict(
+    network: PointmapNetwork,
+    images: Tensor,
+    edges: Tensor,
+    batch: int = 2,
+    progress: Progress | None = None,
+) -> Predictions:
+    """Ask the network about every pair: images [n, 3, h, w], edges [m, 2], `batch` at a time.
+
+    The images go to the network's device batch by batch and the answers come back to the images'.
+    The network stays in the mode it is in: call `eval` first.
+    Raises AdaptError, one line, where the memory does not hold a batch.
+    """
+    home = next((p.device for p in network.parameters()), images.device)
+    answers: list[Pair] = []
+    with torch.no_grad(), one_line_if_out_of_memory(batch, images):
+        for start in range(0, len(edges), batch):
+            first, second = edges[start : start + batch].T
+            said = network(images[first].to(home), images[second].to(home))
+            answers.append(Pair(*(part.to(images.device, torch.float32) for part in said)))
+            if progress:
+                progress(min(start + batch, len(edges)), len(edges))
+    return Predictions(edges, Pair(*map(torch.cat, zip(*answers, strict=True))))
+
+
+@contextmanager
+def one_line_if_out_of_memory(batch: int, images: Tensor) -> Iterator[None]:
+    """An AdaptError in place of the allocator's page."""
+    try:
+        yield
+    except RuntimeError as error:
+        exhausted = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not exhausted:
+            raise
+        height, width = images.shape[-2:]
+        raise AdaptError(
+            f"out of memory with {batch} pairs of {width}x{height} pixels at a time: "
+            "take a smaller batch, smaller images or fewer pairs"
+        ) from None
