@@ -12,6 +12,9 @@ from .pointmaps import Pair
 from .predictions import Predictions
 from .weights import Calibrated, Fixed
 
+# A map of fewer points that count says nothing: a handful may lie on a line.
+LEAST = 8
+
 
 @dataclass(frozen=True, eq=False)
 class Observations:
@@ -45,15 +48,19 @@ class Observations:
 def observe(predictions: Predictions, rule: Calibrated | Fixed) -> Observations:
     """Sort the maps by view and weigh them; points that are not finite get the weight 0.
 
+    So do all points of a map with fewer than `LEAST` points of any weight.
+
     Raises AdaptError where some view is in no pair as the first: its camera is then unknown.
     """
-    edges, pair = predictions.edges, predictions.pair
+    pair = predictions.pair
+    edges = predictions.edges.to(pair.points1.device)
     _require_every_view_first(edges)
     view = edges.flatten()  # observation 2 e + s is side s of pair e
     order = view.argsort(stable=True)
     points, confidence = _interleaved(pair, order)
     finite = points.isfinite().all(-1)
     initial = rule.initial(confidence) * finite
+    initial = initial * ((initial > 0).sum(1, keepdim=True) >= LEAST)
     ends = torch.bincount(view).cumsum(0).tolist()
     return Observations(
         points=points.masked_fill_(~finite[..., None], 0),

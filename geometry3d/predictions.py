@@ -38,6 +38,10 @@ class Predictions:
         """How many views the pairs speak of."""
         return int(self.edges.max()) + 1
 
+    def to(self, device: torch.device | str) -> Predictions:
+        """The same on another device, where an alignment then runs."""
+        return Predictions(self.edges.to(device), Pair(*(part.to(device) for part in self.pair)))
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of every view."""

@@ -148,6 +148,20 @@ def test_identical_images_get_identical_cameras() -> None:
     assert (found.poses - torch.eye(4)).abs().max() < 1e-3
 
 
+def test_two_views_are_enough() -> None:
+    scene = small_scene(2)
+    found = align(Oracle(scene).predictions(all_pairs(2)), steps=10)
+    assert max(_errors(_as_pairs(found, scene), scene, found.edges)) < 1e-4
+
+
+def test_a_map_with_a_handful_of_sure_points_does_not_stop_the_others() -> None:
+    scene = small_scene(4)
+    said = Oracle(scene).predictions(all_pairs(4))
+    said.pair.confidence2[2] = 1.0
+    said.pair.confidence2[2, 0, :5] = 9.0
+    assert _ate(align(said, steps=10), scene) < 1e-4
+
+
 def test_points_that_are_not_finite_do_not_count() -> None:
     scene = small_scene(4)
     said = Oracle(scene).predictions(all_pairs(4))
