@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .errors import AdaptError
+from .prefix_chain import Chain, has_statistics, vision_transformer
 from .recipe import require
-from .sets import sets_of
-
-_RANDOM = ("p", "drop_prob", "prob")  # of dropout, of timm's drop path, of its patch dropout
 
 
 class PrefixCache:
-    """Calls a timm `VisionTransformer` on samples that it may have seen: cache(images, keys).
+    """Calls a backbone on samples that it may have seen: cache(images, keys).
+
+    It is a timm `VisionTransformer`, or one whose forward `chain` describes (see `Chain`).
 
     With k the first block that holds a site of any attached set, the state h_k [n, tokens, d] that
     enters block k does not change in training. It is kept per sample, in memory or (with `folder`)
@@ -56,16 +57,17 @@ class PrefixCache:
         *,
         max_bytes: int = 2 << 30,
         folder: str | Path | None = None,
+        chain: Chain | None = None,
     ) -> None:
         require(samples > 0, f"samples={samples} is not allowed: 1 or more")
-        _require_vision_transformer(backbone)
         self.backbone = backbone
+        self.chain = vision_transformer(backbone) if chain is None else chain
         self.samples = samples
         self.max_bytes = max_bytes
         self.folder = None if folder is None else Path(folder)
-        self.first = _first_adapted(backbone)
-        self._prefix = _prefix(backbone, self.first)
-        _require_repeatable(self._prefix)
+        self.first = self.chain.first_adapted(backbone)
+        self._prefix = self.chain.prefix(self.first)
+        self.chain.require_repeatable(self.first)
         self._places: dict[int, int] = {}
         self._states = torch.empty(0)
         self._known: tuple[object, ...] = ()
@@ -101,7 +103,7 @@ class PrefixCache:
         require(len(numbers) == len(images), f"{len(numbers)} keys for {len(images)} images")
         wrong = [key for key in numbers if not 0 <= key < self.samples]
         require(not wrong, f"key {wrong[:1]} is not one of the {self.samples} samples")
-        found = _first_adapted(self.backbone)
+        found = self.chain.first_adapted(self.backbone)
         require(
             found >= self.first,
             f"block {found} was adapted after this cache was made for block {self.first} and later:"
@@ -164,75 +166,37 @@ class PrefixCache:
         return mapped.view(shape)
 
     def _compute(self, images: Tensor) -> Tensor:
-        model = self.backbone
-        with torch.no_grad():
-            x = model.patch_drop(model._pos_embed(model.patch_embed(images)))  # type: ignore[operator]
-            x = model.norm_pre(x)  # type: ignore[operator]
-            return self._through(range(self.first), x)
+        with torch.no_grad(), _evaluating(self._prefix):
+            return self._through(0, self.first, self.chain.embed(images))
 
     def _rest(self, states: Tensor) -> Tensor:
-        model = self.backbone
-        if self.first == 0:  # a set may act on the list of blocks as a whole
-            x = model.blocks(states)  # type: ignore[operator]
-        else:
-            x = self._through(range(self.first, len(model.blocks)), states)  # type: ignore[arg-type]
-        return model.forward_head(model.norm(x))  # type: ignore[operator, no-any-return]
+        if self.first == 0 and self.chain.whole is not None:  # a set may act on all blocks at once
+            return self.chain.end(self.chain.whole(states))
+        return self.chain.end(self._through(self.first, len(self.chain.blocks), states))
 
-    def _through(self, numbers: Iterable[int], x: Tensor) -> Tensor:
-        for number in numbers:
-            x = self.backbone.blocks[number](x)  # type: ignore[index, operator]
+    def _through(self, first: int, end: int, x: Tensor) -> Tensor:
+        for block in self.chain.blocks[first:end]:
+            x = block.function(x)
         return x
 
     def _fingerprint(self, images: Tensor) -> tuple[object, ...]:
         """What the states depend on besides the samples."""
         tensors = [t for m in self._prefix for t in (*m.parameters(), *m.buffers())]
-        tensors += list(self.backbone.parameters(recurse=False))
+        tensors += list(self.chain.owner.parameters(recurse=False))
         device = images.device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         weights = tuple((id(t), t._version) for t in tensors)
         return images.shape[1:], images.dtype, images.device, cast, weights
 
 
-def _require_vision_transformer(backbone: nn.Module) -> None:
-    from timm.models.vision_transformer import VisionTransformer
-
-    plain = VisionTransformer.forward, VisionTransformer.forward_features
-    if (
-        not isinstance(backbone, VisionTransformer)
-        or (type(backbone).forward, type(backbone).forward_features) != plain
-    ):
-        raise AdaptError(
-            f"a prefix cannot be cached for {type(backbone).__name__}: only for timm's"
-            " VisionTransformer, whose forward is known"
-        )
-
-
-def _first_adapted(backbone: nn.Module) -> int:
-    """The first block with a site of any attached set; their number if no block is adapted."""
-    depth = len(backbone.blocks)  # type: ignore[arg-type]
-    first = depth
-    for name, adapters in sets_of(backbone).items():
-        for site in adapters.adapters:
-            top, _, below = site.partition(".")
-            if top == "blocks":
-                number = below.partition(".")[0]
-                first = min(first, int(number)) if number.isdecimal() else 0
-            elif top not in ("norm", "fc_norm", "head", "attn_pool"):
-                raise AdaptError(f"set {name!r} adapts {site!r}: nothing before it can be cached")
-    return first
-
-
-def _prefix(backbone: nn.Module, first: int) -> list[nn.Module]:
-    above = [backbone.patch_embed, backbone.pos_drop, backbone.patch_drop, backbone.norm_pre]
-    blocks = list(backbone.blocks)[:first]  # type: ignore[arg-type]
-    return [*above, *blocks]
-
-
-def _require_repeatable(prefix: Sequence[nn.Module]) -> None:
-    for module in (inner for outer in prefix for inner in outer.modules()):
-        name = type(module).__name__
-        if getattr(module, "running_mean", None) is not None:
-            raise AdaptError(f"a prefix with {name} cannot be cached: its statistics are a batch's")
-        rates = [getattr(module, rate, 0) for rate in _RANDOM]
-        if any(isinstance(rate, int | float) and rate > 0 for rate in rates):
-            raise AdaptError(f"a prefix with {name} above 0 cannot be cached: it draws at random")
+@contextmanager
+def _evaluating(prefix: Sequence[nn.Module]) -> Iterator[None]:
+    """Running statistics as they are: Lightning asks for training mode before a run begins."""
+    found = [m for outer in prefix for m in outer.modules() if has_statistics(m) and m.training]
+    for module in found:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in found:
+            module.training = True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import tempfile
+from pathlib import Path
+from typing import Literal, get_args
 
 from lightning.pytorch import Trainer
 from torch import Generator
@@ -11,8 +13,16 @@ from torch.utils.data import DataLoader
 from ..core.errors import AdaptError
 from ..core.images.data import ImageData
 from ..core.prefix_cache import PrefixCache
+from ..core.run_files import RunFiles
 
 Keep = Literal["none", "memory", "disk"]
+
+
+def require_kind(cache_prefix: object) -> None:
+    """Refuse a place that there is not."""
+    if cache_prefix not in get_args(Keep):
+        allowed = ", ".join(get_args(Keep))
+        raise AdaptError(f"cache_prefix={cache_prefix!r} is not allowed: {allowed}")
 
 
 def require_fixed_images(data: object, trainer: Trainer) -> ImageData:
@@ -26,12 +36,17 @@ def require_fixed_images(data: object, trainer: Trainer) -> ImageData:
             f"cache_prefix with augmentation={data.augmentation!r} is not allowed: an image must be"
             " the same in every epoch, so augmentation: none, or cache_prefix: none"
         )
+    require_one_process(trainer)
+    return data
+
+
+def require_one_process(trainer: Trainer) -> None:
+    """Refuse several: each would compute, and keep, what another one needs."""
     if trainer.world_size > 1:
         raise AdaptError(
             f"cache_prefix on {trainer.world_size} processes is not supported: train on one device,"
             " or with cache_prefix: none"
         )
-    return data
 
 
 def fill(cache: PrefixCache, data: ImageData, trainer: Trainer) -> None:
@@ -50,3 +65,9 @@ def fill(cache: PrefixCache, data: ImageData, trainer: Trainer) -> None:
             cache.fill(pictures, numbers)
             if cache.full:
                 return
+
+
+def folder_of(trainer: Trainer) -> Path:
+    """Where the run writes its files, else the system's temporary folder."""
+    runs = [callback.folder for callback in trainer.callbacks if isinstance(callback, RunFiles)]  # type: ignore[attr-defined]
+    return runs[0] if runs and runs[0].is_dir() else Path(tempfile.gettempdir())

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from torch import Generator, Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -21,11 +19,10 @@ from ..core.images.measured import class_metrics
 from ..core.images.preprocessing import Mode, Preprocessing
 from ..core.prefix_cache import PrefixCache
 from ..core.recipe import Recipe
-from ..core.run_files import RunFiles
 from ..core.store import load
 from ..core.training import AdaptedModule
 from .backbones import Backbone, feature_width
-from .frozen_prefix import Keep, fill, require_fixed_images
+from .frozen_prefix import Keep, fill, folder_of, require_fixed_images, require_kind
 from .predict import TASK, describe
 
 Batch = Sequence[Tensor]  # images, labels and, with `cache_prefix`, the images' numbers
@@ -76,9 +73,7 @@ class ImageClassification(AdaptedModule):
     ) -> None:
         if not 0 <= label_smoothing < 1:
             raise AdaptError(f"label_smoothing={label_smoothing} is not allowed: 0 to below 1")
-        if cache_prefix not in get_args(Keep):
-            allowed = ", ".join(get_args(Keep))
-            raise AdaptError(f"cache_prefix={cache_prefix!r} is not allowed: {allowed}")
+        require_kind(cache_prefix)
         super().__init__(backbone.build(), adapter, at, **training)
         if cache_prefix != "none":  # refuses a backbone whose prefix it cannot keep
             PrefixCache(self.backbone, samples=1)
@@ -132,7 +127,7 @@ class ImageClassification(AdaptedModule):
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         samples = len(data.numbered_images())
-        folder = _folder_of(self.trainer) if self.cache_prefix == "disk" else None
+        folder = folder_of(self.trainer) if self.cache_prefix == "disk" else None
         self._cache = PrefixCache(self.backbone, samples, max_bytes=self.cache_bytes, folder=folder)
         few = self.trainer.fast_dev_run  # type: ignore[attr-defined]
         if not few:  # else a trial of a few batches would begin with all images
@@ -209,9 +204,3 @@ def _fresh_head(width: int, classes: int) -> nn.Linear:
         head.weight.uniform_(-(width**-0.5), width**-0.5, generator=own)
         head.bias.zero_()
     return head
-
-
-def _folder_of(trainer: Trainer) -> Path:
-    """Where the run writes its files, else the system's temporary folder."""
-    runs = [callback.folder for callback in trainer.callbacks if isinstance(callback, RunFiles)]  # type: ignore[attr-defined]
-    return runs[0] if runs and runs[0].is_dir() else Path(tempfile.gettempdir())

@@ -13,9 +13,11 @@ from ...core.errors import AdaptError
 from ...core.recipe import Recipe
 from ...core.store import load
 from ...core.training import AdaptedModule
+from ..frozen_prefix import Keep, folder_of, require_kind
 from .backbones import Backbone
 from .data import Batch, SegmentationData
 from .describe import Description, Token, describe
+from .frozen_prefix import KeptPrefix, require_fixed_pictures, require_keepable
 from .losses import DiceCE, Loss
 from .mask_head import DECODER, ClassToken, MaskHead, TextToken
 from .measured import Scored
@@ -44,6 +46,11 @@ class Segmentation(AdaptedModule):
     pictures of Dice, IoU, clDice and HD95 with the empty-mask rule and its counts (`metrics`);
     `val_scores="dice"` leaves the slow two out of the validation. The other settings are
     `AdaptedModule`'s. View, backbone, prompt and loss travel in the adapter file.
+
+    `cache_prefix` computes what enters the encoder's first adapted block, or with none adapted the
+    embeddings, once per picture before training, and keeps up to `cache_bytes` of it in memory or
+    on disk (in the run's folder, unnamed: gone with the run). Results are the same up to rounding.
+    Pictures must not vary, and the head must train no part of the encoder.
 
     Raises `AdaptError` for what does not fit together, by name.
 
@@ -75,6 +82,8 @@ class Segmentation(AdaptedModule):
         view: View | None = None,
         structure: str = "vessel",
         val_scores: Scores = "dice",
+        cache_prefix: Keep = "none",
+        cache_bytes: int = 2 << 30,
         **training: Any,
     ) -> None:
         token = "text" if isinstance(prompt, ClipText) else prompt
@@ -84,6 +93,7 @@ class Segmentation(AdaptedModule):
                 raise AdaptError(f"{name}={value!r} is not allowed: {words}")
         if not structure or not structure.isprintable():
             raise AdaptError(f"structure={structure!r} is not allowed: a word, such as vessel")
+        require_kind(cache_prefix)
         sam = backbone.build()
         own = view or backbone.view(sam)
         if own.side != sam.img_size:
@@ -95,6 +105,11 @@ class Segmentation(AdaptedModule):
         self.head = MaskHead(
             sam, parts=parts, prompt=_made_prompt(sam, prompt, structure), whole_box=whole_box
         )
+        if cache_prefix != "none":  # refuses what it cannot keep
+            require_keepable(sam, parts)
+        self.cache_prefix: Keep = cache_prefix
+        self.cache_bytes = cache_bytes
+        self._kept: KeptPrefix | None = None
         self.spec, self.view, self.loss = backbone, own, loss or DiceCE()
         self.fractions, self.val_scores = fractions, val_scores
         self.adapters.extra = Description(
@@ -141,13 +156,27 @@ class Segmentation(AdaptedModule):
             )
         data.view, data.fractions = self.view, self.fractions
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.cache_prefix == "none":
+            return
+        data = require_fixed_pictures(self.trainer.datamodule, self.trainer)  # type: ignore[attr-defined]
+        folder = folder_of(self.trainer) if self.cache_prefix == "disk" else None
+        self._kept = KeptPrefix(self.backbone, data, max_bytes=self.cache_bytes, folder=folder)
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._kept.fill(data, self.trainer)
+
+    def teardown(self, stage: str) -> None:
+        self._kept = None
+
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.backbone, images)
         return logits
 
-    def logits(self, batch: Batch) -> Tensor:
-        """[b, 1, s, s] of a batch, in fp32."""
-        found: Tensor = self(batch.image)
+    def logits(self, batch: Batch, part: str = "train") -> Tensor:
+        """[b, 1, s, s] of a batch of the part train, val or test, in fp32."""
+        known = None if self._kept is None else self._kept(batch, part)
+        found: Tensor = self.head(self.backbone, batch.image, embeddings=known)
         return found.float()
 
     def training_loss(self, batch: Batch) -> Tensor:
@@ -167,7 +196,7 @@ class Segmentation(AdaptedModule):
 
     def _measure(self, part: str, batch: Batch, overlap_only: bool = False) -> list[Scored]:
         """Log a batch's loss and score its pictures at their own size."""
-        logits = self.logits(batch)
+        logits = self.logits(batch, part)
         loss = self.loss(logits, batch.mask)
         self.log(f"{part}_loss", loss, batch_size=len(logits), sync_dist=True)
         found = [
