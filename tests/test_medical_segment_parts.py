@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from torch import Tensor
 from polyadapt.core.errors import AdaptError
 from polyadapt.tests.medical_cases import as_dicom, as_nifti
 from polyadapt.tests.segment_cases import BRIGHT, SIDE, bright, in_boxes
+from polyadapt.vision.medical import segmenting
 from polyadapt.vision.medical.files import File
 from polyadapt.vision.medical.inference import in_windows, prompted, whole
 from polyadapt.vision.medical.jobs import jobs_of, refuse_overwriting, with_truths
 from polyadapt.vision.medical.mask_files import mask_content
-from polyadapt.vision.medical.masks import read_mask, read_picture
+from polyadapt.vision.medical.masks import Picture, read_mask, read_picture
 from polyadapt.vision.medical.prompts import Places
 from polyadapt.vision.medical.sam import Prompt
 from polyadapt.vision.medical.segmenting import Failed, Manner, segment_all
@@ -292,3 +294,36 @@ def test_large_pictures_come_alone_however_large_the_batch(tmp_path: Path) -> No
     jobs = jobs_of(words, tmp_path / "out")
     assert len(list(segment_all(network, BRIGHT, jobs, Manner(batch=8)))) == 4
     assert sizes == [1, 3]
+
+
+def test_one_large_picture_is_gone_before_the_next_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a few pixels, which are large here."""
+    monkeypatch.setattr(segmenting, "_MOST_PIXELS", 1)
+    held: list[weakref.ref[Picture]] = []
+
+    def read(file: File, window: tuple[float, float] | None) -> Picture:
+        assert all(picture() is None for picture in held)
+        picture = read_picture(file, window)
+        held.append(weakref.ref(picture))
+        return picture
+
+    monkeypatch.setattr(segmenting, "read_picture", read)
+    words = [str(saved(tmp_path / f"{name}.png")) for name in "abc"]
+    for manner in (Manner(batch=8), Manner(window=4)):
+        for found in segment_all(bright, BRIGHT, jobs_of(words, tmp_path / "out"), manner):
+            assert not isinstance(found, Failed)
+            del found
+        held.clear()
+
+
+def test_a_picture_that_pillow_finds_large_is_read_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "a.png")  # 24 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    assert read_picture(File.at(tmp_path / "a.png")).size == (6, 4)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(AdaptError, match=r"cannot read the image .*exceeds limit of 20 pixels"):
+        read_picture(File.at(tmp_path / "a.png"))

@@ -9,6 +9,7 @@ VERBS = {
     "validate": "measure an adapter file or a checkpoint on the validation images",
     "test": "measure an adapter file or a checkpoint on the test images",
     "predict": "classify image files with an adapter file",
+    "segment": "masks of pictures, NIfTI and DICOM files with an adapter file of a SAM",
     "compare": "train several configurations on the same data and seeds, side by side",
     "sweep-rank": "fit one configuration at several ranks; where the gain levels off",
     "vtab": "fit and measure the tasks of VTAB-1k; a table with both means",

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ...core.errors import AdaptError
 from .files import DICOM, NIFTI, File
 
 Mask = NDArray[np.uint8]
@@ -44,11 +46,17 @@ def mask_content(file: File, masks: Sequence[Mask]) -> bytes:
                 patient, study, position, orientation and spacing of the scan. Not a segmentation
                 object (SEG): every viewer shows it, and it is read back like any scan
     ==========  ==================================================================================
+
+    Raises `AdaptError` for a scan whose header cannot be written again.
     """
-    if file.suffix in NIFTI:
-        return _nifti(file, masks)
-    if file.suffix in DICOM:
-        return _dicom(file, masks)
+    try:
+        if file.suffix in NIFTI:
+            return _nifti(file, masks)
+        if file.suffix in DICOM:
+            return _dicom(file, masks)
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AdaptError(f"no mask can have the header of {file}: {cause}") from error
     content = io.BytesIO()
     Image.fromarray(masks[0] * np.uint8(255)).save(content, "PNG")
     return content.getvalue()
@@ -70,12 +78,17 @@ def _nifti(file: File, masks: Sequence[Mask]) -> bytes:
 
 def _dicom(file: File, masks: Sequence[Mask]) -> bytes:
     import pydicom
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what is odd in the scan's header
+        return _derived(pydicom.dcmread(file.path), np.stack(masks) * np.uint8(255))
+
+
+def _derived(made: Any, frames: NDArray[np.uint8]) -> bytes:
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
-    made = pydicom.dcmread(file.path)
     little = made.original_encoding[1] is not False  # pydicom does not turn numbers round
     _forget_values(made)
-    frames = np.stack(masks) * np.uint8(255)
     made.Rows, made.Columns = frames.shape[1:]
     made.BitsAllocated, made.BitsStored, made.HighBit, made.PixelRepresentation = 8, 8, 7, 0
     made.SamplesPerPixel, made.PhotometricInterpretation = 1, "MONOCHROME2"

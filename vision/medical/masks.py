@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,12 +108,17 @@ def _values(file: File, mask: bool = False) -> tuple[Values, Spacing | None]:
 
 def _plain(file: File, mask: bool) -> Values:
     try:
-        with Image.open(io.BytesIO(file.bytes())) as image:
+        with warnings.catch_warnings():
+            # Large scans of slides are meant; what Pillow refuses is twice as large.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(file.bytes()))
+        with image:
             image.load()
             pages = getattr(image, "n_frames", 1)
             if pages > 1 and image.format != "MPO":  # whose other pages are previews
                 raise AdaptError(f"{file} has {pages} pages: one picture a file is read")
-            return _array(ImageOps.exif_transpose(image), mask)
+            ImageOps.exif_transpose(image, in_place=True)
+            return _array(image, mask)
     except AdaptError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -128,7 +134,8 @@ def _array(image: Image.Image, mask: bool) -> Values:
         return np.array(image.convert("L"))
     if mask and image.mode == "RGBA":
         return np.array(image)
-    return np.array(image.convert("RGB"))  # a palette becomes its colours
+    # A palette becomes its colours; a large photograph is not copied for nothing.
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _to_bytes(values: Values, window: tuple[float, float] | None, file: File) -> Pixels:

@@ -84,13 +84,24 @@ def segment_all(
     """
     alone = manner.window is not None or manner.places is not None
     for batch in _batches(_read(jobs, view, manner), 1 if alone else manner.batch):
-        good = [one for one in batch if isinstance(one, Seen)]
-        found = _answers(network, view, good, manner, done)
-        for one in batch:
-            if isinstance(one, Failed):
-                yield one
-            else:
-                yield one, (next(found) > manner.limit).numpy().view(np.uint8)
+        yield from _segmented(network, view, batch, manner, done)
+        batch.clear()  # before the next large picture is read
+
+
+def _segmented(
+    network: Network,
+    view: View,
+    batch: Sequence[Seen | Failed],
+    manner: Manner,
+    done: Callable[[Job, float], None],
+) -> Iterator[tuple[Seen, Mask] | Failed]:
+    good = [one for one in batch if isinstance(one, Seen)]
+    found = _answers(network, view, good, manner, done)
+    for one in batch:
+        if isinstance(one, Failed):
+            yield one
+        else:
+            yield one, (next(found) > manner.limit).numpy().view(np.uint8)
 
 
 def _read(jobs: Iterable[Job], view: View, manner: Manner) -> Iterator[Seen | Failed]:
@@ -136,6 +147,7 @@ def _batches(read: Iterable[Seen | Failed], most: int) -> Iterator[list[Seen | F
         if len(batch) == most or pixels >= _MOST_PIXELS:
             yield batch
             batch, pixels = [], 0
+            del one  # before the next large picture is read
     if batch:
         yield batch
 
