@@ -303,6 +303,14 @@ def test_what_cannot_be_done_is_one_line_before_anything_is_written(
     assert [path.name for path in Path().iterdir()] == ["a.png"]
 
 
+def test_masks_drawn_by_hand_survive(run: Run) -> None:
+    save("in/a.png", board())
+    save("masks/a.png", board(48, 64, 8))
+    before = Path("masks/a.png").read_bytes()
+    assert "may be drawn by hand" in run("in").line()
+    assert Path("masks/a.png").read_bytes() == before
+
+
 def test_a_set_of_another_kind_or_for_another_sam_is_one_line(run: Run, tmp_path: Path) -> None:
     save("a.png", board())
     network = torch.nn.Sequential(torch.nn.Linear(4, 4))

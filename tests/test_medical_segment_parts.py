@@ -241,8 +241,16 @@ def test_nothing_that_is_read_is_overwritten_by_any_of_its_names(tmp_path: Path)
     link.symlink_to(picture)
     (job,) = jobs_of([str(picture)], tmp_path / "out")
     with pytest.raises(AdaptError, match=r"out/a\.png is read: it would be overwritten"):
-        refuse_overwriting([job.mask], [picture])
-    refuse_overwriting([tmp_path / "new.png"], [picture, tmp_path / "absent"])
+        refuse_overwriting([job.mask], [picture], tmp_path / "areas.csv")
+    refuse_overwriting([tmp_path / "new.png"], [picture, tmp_path / "absent"], tmp_path / "t.csv")
+
+
+def test_masks_that_no_run_has_written_are_not_overwritten(tmp_path: Path) -> None:
+    drawn, table = saved(tmp_path / "masks/a.png"), tmp_path / "masks/areas.csv"
+    with pytest.raises(AdaptError, match=r"masks/a\.png is there, .* may be drawn by hand"):
+        refuse_overwriting([drawn], [], table)
+    table.write_text("image\n")
+    refuse_overwriting([drawn], [], table)
 
 
 def test_true_masks_are_found_by_name_or_refused(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def _jobs(asked: argparse.Namespace) -> list[Job]:
         written += [overlay_file(asked.overlays, job, None) for job in jobs]
     files = [file for job in jobs for file in (job.file, job.truth) if file is not None]
     tables = [Path(word) for word in (*asked.boxes, *asked.points)]
-    refuse_overwriting(written, [asked.set, *tables, *(f.top / f.name for f in files)])
+    inputs = [asked.set, *tables, *(f.top / f.name for f in files)]
+    refuse_overwriting(written, inputs, asked.out / TABLE)
     return jobs
 
 

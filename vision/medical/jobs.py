@@ -91,12 +91,20 @@ def _inside(path: Path, out: Path) -> Iterator[tuple[File, str]]:
         yield file, _bare(file)
 
 
-def refuse_overwriting(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """`AdaptError` names a file to be written that is one of those that are read."""
+def refuse_overwriting(targets: Iterable[Path], inputs: Iterable[Path], table: Path) -> None:
+    """`AdaptError` names a file to be written that is read, or that may be somebody's work.
+
+    Files of an earlier run are replaced; one has been there if there is its `table`.
+    """
     read = {_identity(path) for path in inputs if path.exists()}
     for target in targets:
         if target.exists() and _identity(target) in read:
-            raise AdaptError(f"{target} is read: it would be overwritten; give another --out")
+            raise AdaptError(f"{target} is read: it would be overwritten; give another folder")
+        if target.exists() and not table.exists():
+            raise AdaptError(
+                f"{target} is there, and no {table} of an earlier run: it may be drawn by hand;"
+                " give another folder"
+            )
 
 
 def _identity(path: Path) -> tuple[int, int]:
