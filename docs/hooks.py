@@ -207,6 +207,7 @@ FILLINGS: dict[str, Callable[[], str]] = {
     "benchmark_results": benchmark_results,
     "law_table": law_table,
     "laws": lambda: section("CONTRIBUTING.md", "The laws"),
+    "medical_configurations": partial(configurations, "vision/medical"),
     "method_table": method_table,
     "public_names": public_names,
     "speech_configurations": partial(configurations, "speech"),

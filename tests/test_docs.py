@@ -39,6 +39,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 SLOW = {
     "guide/training.md",
+    "domains/medical.md",
     "domains/timeseries.md",
     "domains/vision.md",
     "domains/vlm.md",
