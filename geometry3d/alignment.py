@@ -13,7 +13,7 @@ from .alignment_steps import residuals, sweep
 from .cameras import pose
 from .geometry import Geometry
 from .observations import Observations, observe
-from .predictions import Predictions
+from .predictions import Predictions, one_line_if_out_of_memory
 from .reconstruction import Reconstruction
 from .similarity import Similarity
 from .start import start
@@ -78,11 +78,27 @@ def align(
     choice: `steps` sweeps of `alignment_steps`, closed forms that cannot raise the cost and keep
     an exact start exact; after `start`'s spanning tree they need no learning rate.
 
-    Raises AdaptError where the pairs do not hold all views together.
+    Raises AdaptError where the pairs do not hold all views together, or the memory not the maps.
     """
-    rule = rule or Calibrated()
     if steps < 0 or refresh < 1:
         raise AdaptError(f"{steps} sweeps, refreshed every {refresh}: at least 0 and 1")
+    if focals is not None and focals.shape != (predictions.views,):
+        raise AdaptError(f"{list(focals.shape)} focals for {predictions.views} views")
+    height, width = predictions.size
+    doing = f"aligning {len(predictions.edges)} pairs of {width}x{height} pixels"
+    mend = "move the predictions to the CPU, or take smaller images or fewer pairs"
+    with torch.no_grad(), one_line_if_out_of_memory(doing, mend):
+        return _aligned(predictions, rule or Calibrated(), steps, refresh, focals, progress)
+
+
+def _aligned(
+    predictions: Predictions,
+    rule: Calibrated | Fixed,
+    steps: int,
+    refresh: int,
+    focals: Tensor | None,
+    progress: Progress | None,
+) -> Alignment:
     seen = observe(predictions, rule)
     geometry = start(seen, predictions.size, focals)
     floor = ROUNDING * float(geometry.depths.median())

@@ -64,7 +64,10 @@ def predict(
     """
     home = next((p.device for p in network.parameters()), images.device)
     answers: list[Pair] = []
-    with torch.no_grad(), one_line_if_out_of_memory(batch, images):
+    height, width = images.shape[-2:]
+    doing = f"asking about {batch} pairs of {width}x{height} pixels at a time"
+    mend = "take a smaller batch, smaller images or fewer pairs"
+    with torch.no_grad(), one_line_if_out_of_memory(doing, mend):
         for start in range(0, len(edges), batch):
             first, second = edges[start : start + batch].T
             said = network(images[first].to(home), images[second].to(home))
@@ -75,7 +78,7 @@ def predict(
 
 
 @contextmanager
-def one_line_if_out_of_memory(batch: int, images: Tensor) -> Iterator[None]:
+def one_line_if_out_of_memory(doing: str, mend: str) -> Iterator[None]:
     """An AdaptError in place of the allocator's page."""
     try:
         yield
@@ -83,8 +86,4 @@ def one_line_if_out_of_memory(batch: int, images: Tensor) -> Iterator[None]:
         exhausted = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
         if not exhausted:
             raise
-        height, width = images.shape[-2:]
-        raise AdaptError(
-            f"out of memory with {batch} pairs of {width}x{height} pixels at a time: "
-            "take a smaller batch, smaller images or fewer pairs"
-        ) from None
+        raise AdaptError(f"out of memory {doing}: {mend}") from None
