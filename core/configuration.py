@@ -44,6 +44,7 @@ class Domain:
     subclasses    bases of all settings, beside recipes, that are chosen by class_path
     chosen        further keys of a configuration that name a class -> base of those that may be
     backbone_of   reads from an adapter file what it was made on
+    refuse_file   refuses an adapter file beside a configuration's model of something else
     measured      makes the callback that writes what a test found into a folder
     test_files    the files that it writes there
     next_words    the words of a command to go on with, of which {adapter} is one; or what tells
@@ -60,6 +61,7 @@ class Domain:
     backbone: type[Any]
     subclasses: Sequence[type]
     backbone_of: Callable[[str], Any]
+    refuse_file: Callable[[str, Mapping[str, Any]], None] = lambda *_: None
     measured: Callable[[Path], Callback] = lambda _: Callback()
     test_files: Sequence[str] = ()
     next_words: str | Callable[[Any], str]
@@ -201,6 +203,7 @@ class DomainCLI(LightningCLI):
     def _refuse_another_backbone(self, model: Mapping[str, Any] | None, set_file: str) -> None:
         """A configuration beside an adapter file must not say another backbone than the file."""
         made_on = self.domain.backbone_of(set_file)
+        self.domain.refuse_file(set_file, model or {})
         said = (model or {}).get("backbone")
         if said is None:
             return

@@ -258,9 +258,12 @@ def test_anomalies_without_labels_can_be_learned_but_not_tested(run: Run) -> Non
 
 
 @pytest.mark.usefixtures("after_training")
-def test_another_backbone_than_the_files_is_refused(run: Run) -> None:
+def test_another_backbone_or_aim_than_the_files_is_refused(run: Run) -> None:
     write("b.yaml", configuration(model={"backbone": {"class_path": "NoLanguageModel"}}))
     assert "was made on GPT2" in line(run("test", "--config", "b.yaml", f"--set={SET}"))
+    write("b.yaml", configuration(model={"aim": {"class_path": "Impute"}}))
+    said = line(run("validate", "--config", "b.yaml", f"--set={SET}"))
+    assert said == f"{SET} was trained to Forecast, the configuration says Impute"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

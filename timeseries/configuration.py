@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
@@ -48,6 +50,14 @@ def _backbone_of(set_file: str | Path) -> Backbone:
     return describe(set_file).backbone
 
 
+def _refuse_file(set_file: str | Path, model: Mapping[str, Any]) -> None:
+    """A set of another aim would be measured under the names and in the folder of this one."""
+    said, aim = model.get("aim"), type(describe(set_file).aim).__name__
+    path = said["class_path"] if isinstance(said, Mapping) else said
+    if path is not None and str(path).rpartition(".")[2] != aim:
+        raise AdaptError(f"{set_file} was trained to {aim}, the configuration says {path}")
+
+
 def _check(task: SeriesTask, data: LightningDataModule, trainer: Trainer) -> None:
     """Data of ours are read here: what does not fit must not have cost the folder its old run."""
     if not isinstance(data, SeriesData | CompetitionData | AnomalyTable | UCR):
@@ -68,6 +78,7 @@ DOMAIN = Domain(
     subclasses=[Backbone, Aim],
     chosen={"model.aim": Aim},
     backbone_of=_backbone_of,
+    refuse_file=_refuse_file,
     measured=Measured,
     test_files=[TEST_TABLE],
     check=_check,
