@@ -21,5 +21,5 @@ VERBS = {
 
 def main(argv: list[str]) -> int:
     """Run `polyadapt vision VERB ...` and return its exit code."""
-    about = "Adapt frozen vision transformers to classify other images."
+    about = "Adapt frozen vision transformers to classify, or to segment, other images."
     return domain_command.run(__package__, about, VERBS, argv)
