@@ -14,7 +14,7 @@ import torch
 from polyadapt.geometry3d.overlap import overlap
 from polyadapt.geometry3d.reconstruction import Reconstruction
 from polyadapt.geometry3d.scenes.bodies import Bodies, cast, normals
-from polyadapt.geometry3d.scenes.camouflage import camouflaged
+from polyadapt.geometry3d.scenes.camouflage import NIGHT, ORBIT, camouflaged
 from polyadapt.geometry3d.scenes.draw import Draw
 from polyadapt.geometry3d.scenes.heights import Heights, meet
 from polyadapt.geometry3d.scenes.textures import colour_at, noise
@@ -137,6 +137,27 @@ def test_a_seed_gives_the_same_bits_in_another_process_and_another_seed_others()
     )
     assert ran.stdout.split() == [bits(4), bits(5)]
     assert bits(4) != bits(6)
+
+
+def test_at_night_the_same_scene_is_dark_and_noisy() -> None:
+    day, night = camouflaged(3), camouflaged(3, shift=NIGHT)
+    assert torch.equal(day.depths, night.depths)
+    assert torch.equal(day.poses, night.poses)
+    assert (night.images - 0.25 * day.images).std() == pytest.approx(0.02, rel=0.15)
+    assert torch.equal(night.images, camouflaged(3, shift=NIGHT).images)
+
+
+@pytest.mark.parametrize("seed", [4, 5])
+def test_in_an_orbit_cameras_stand_around_the_scene_and_look_at_its_middle(seed: int) -> None:
+    scene = camouflaged(seed, views=10, shift=ORBIT)
+    towards = torch.tensor([0.0, 0, 1]) - scene.poses[:, :3, 3]
+    distance = towards.norm(dim=-1)
+    assert distance.min() > 0.85
+    assert distance.max() < 1.2
+    assert (((towards / distance[:, None]) * scene.poses[:, :3, 2]).sum(-1) > 0.99).all()
+    assert scene.poses[0, :3, 2] @ scene.poses[-1, :3, 2] < math.cos(math.radians(30))
+    assert scene.depths.isfinite().all()
+    assert overlap(scene).min() > 0.15
 
 
 def test_size_views_and_focal_are_as_asked() -> None:

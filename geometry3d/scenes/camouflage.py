@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,13 +26,35 @@ _COARSE = (12, 16)  # images that tell how much views overlap
 Shape = Callable[[Rays], tuple[Tensor, Tensor, Tensor]]  # depth and (u, v) on the texture, [v, r]
 
 
+@dataclass(frozen=True)
+class Shift:
+    """How scenes differ from those a network has learnt on, in the same way in all views.
+
+    arc:    degrees; the cameras stand on an arc around the middle, not in front of it
+    level:  brightness, 1 by day
+    noise:  the sensor's, standard deviation in units of full brightness
+    """
+
+    arc: float = 0.0
+    level: float = 1.0
+    noise: float = 0.0
+
+
+NONE, ORBIT, NIGHT = Shift(), Shift(arc=70.0), Shift(level=0.25, noise=0.02)
+
+
 def camouflaged(
-    seed: int, views: int = 4, size: tuple[int, int] = (48, 64), focal: float | None = None
+    seed: int,
+    views: int = 4,
+    size: tuple[int, int] = (48, 64),
+    focal: float | None = None,
+    shift: Shift = NONE,
 ) -> Reconstruction:
     """A heightfield (even seeds) or boxes before a wall (odd seeds), under one noise texture.
 
     The surface is about 1 away. The views' pairs overlap by 0.2 to 1 (in a scene much or little,
-    as drawn), their baselines are 0.05 to 0.6; focal None: the image's width (53 degrees).
+    as drawn), their baselines are 0.05 to 0.6, in an orbit to 1.2; focal None: the image's width
+    (53 degrees). A shift of the light leaves the scene of a seed as it is.
 
     >>> scene = camouflaged(3)
     >>> scene.images.shape, scene.names[0]
@@ -41,10 +64,12 @@ def camouflaged(
     length = float(size[1]) if focal is None else focal
     shape = _boxes(draw) if seed % 2 else _heightfield(draw)
     tile = _tile(draw)
-    poses = _cameras(draw, shape, views, length / size[1])
+    poses = _cameras(draw, shape, views, length / size[1], shift.arc)
     depth, across, down = shape(rays_of(poses, length, size))
-    colours = eight_bits(colour_at(tile, 0, across, down))
-    images = colours.transpose(0, 1).reshape(views, 3, *size)
+    colours = shift.level * colour_at(tile, 0, across, down)
+    if shift.noise:
+        colours = colours + shift.noise * draw.normal(*colours.shape)
+    images = eight_bits(colours).transpose(0, 1).reshape(views, 3, *size)
     return _scene(f"camouflaged-{seed}", poses, length, depth.view(views, *size), images)
 
 
@@ -56,11 +81,13 @@ def _scene(
     return Reconstruction(poses, focals, depths, torch.ones_like(depths), images, names)
 
 
-def _cameras(draw: Draw, shape: Shape, views: int, focal: float) -> Tensor:
+def _cameras(draw: Draw, shape: Shape, views: int, focal: float, arc: float) -> Tensor:
     """Poses whose pairs overlap enough, drawn closer together until they do; focal in widths."""
-    spread = draw.number(0.1, 1.0)
+    spread = 1.0 if arc else draw.number(0.1, 1.0)
     while True:
-        poses = _drawn_cameras(draw, views, spread, 1 / focal)
+        poses = (
+            _around(draw, views, spread * arc) if arc else _before(draw, views, spread, 1 / focal)
+        )
         if _least_baseline(poses) >= LEAST_BASELINE:
             depth, _, _ = shape(rays_of(poses, 16 * focal, _COARSE))
             coarse, black = depth.view(views, *_COARSE), torch.zeros(views, 3, *_COARSE)
@@ -75,7 +102,7 @@ def _least_baseline(poses: Tensor) -> float:
     return float((torch.cdist(origins, origins) + torch.eye(len(poses))).min())
 
 
-def _drawn_cameras(draw: Draw, views: int, spread: float, width: float) -> Tensor:
+def _before(draw: Draw, views: int, spread: float, width: float) -> Tensor:
     """Cameras near the origin that look at places 1 ahead, up to `spread` widths apart."""
     aside = torch.tensor([0.8 * width, 0.6 * width, 0.0]) * spread
     targets = aside * draw.uniform(-0.5, 0.5, views, 3) + torch.tensor([0.0, 0.0, 1.0])
@@ -83,6 +110,15 @@ def _drawn_cameras(draw: Draw, views: int, spread: float, width: float) -> Tenso
     origins = follow * targets * torch.tensor([1.0, 1.0, 0.0])
     origins += base * draw.uniform(-1, 1, views, 3) * torch.tensor([1.0, 1.0, 0.5])
     return looking(origins, targets, draw, roll=15)
+
+
+def _around(draw: Draw, views: int, arc: float) -> Tensor:
+    """Cameras on an arc of so many degrees around the middle of the scene, looking at it."""
+    middle = torch.tensor([0.0, 0.0, 1.0])
+    angle = math.radians(arc) * torch.linspace(-0.5, 0.5, views) + draw.number(-0.15, 0.15)
+    radius, height = draw.uniform(0.9, 1.1, views), draw.uniform(-0.2, 0.2, views)
+    away = torch.stack([radius * angle.sin(), height, -radius * angle.cos()], -1)
+    return looking(middle + away, middle + draw.uniform(-0.05, 0.05, views, 3), draw, roll=15)
 
 
 def _tile(draw: Draw) -> Tensor:
