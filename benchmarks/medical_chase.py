@@ -1,0 +1,224 @@
+"""CHASE_DB1 with LiteMedSAM: adapters, the decoder alone, all of it, and a U-Net from nothing.
+
+Every SAM method trains the same parts of the decoder, a class token and, but for the decoder alone,
+what it adapts of the encoder, for the same number of steps; the last state is tested once, at the
+pictures' own size. Learning rates were chosen beforehand and not tuned. The U-Net is limited by CPU
+seconds instead: 300, or in the steps with SAM methods what SALT took. The steps are
+
+  unet       the U-Net in 300 CPU seconds; the gate: Dice above 0.65
+  decoder    the decoder alone at 256 px, on embeddings that are computed once
+  quick      SALT and LoRA of equal size, the decoder alone and the U-Net; 128 px, attention of
+             the last stage, the states before it computed once; one seed
+  report     all methods at 256 px, three seeds, varied pictures: hours, see --estimate
+
+Run: python benchmarks/medical_chase.py chasedb1.zip --out FOLDER [--steps unet,decoder,quick]
+  [--epochs N] [--vessels]; with --estimate each step's time is told by one step of training per
+method, nothing is trained. --vessels takes generated vessels instead of the data. What is finished
+is not run again. Predictions lie beside each run: green where right, blue missed, orange false.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyadapt.benchmarks.medical_methods import (
+    SAM_METHODS,
+    Setting,
+    run_sam,
+    run_unet,
+    sam_task,
+)
+from polyadapt.benchmarks.medical_records import (
+    Record,
+    against,
+    by_picture,
+    interval,
+    table,
+)
+from polyadapt.benchmarks.rounds import machine, one_thread
+from polyadapt.vision.medical.backbones import LiteMedSAM
+from polyadapt.vision.medical.data import ChaseDB1, GeneratedVessels, SegmentationData
+from polyadapt.vision.medical.metrics import ceiling
+from polyadapt.vision.medical.unet import PatchUNet
+from polyadapt.vision.medical.view import View
+
+GATE = 0.65
+_LAST = "vision_encoder.stages.3.blocks"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Some runs with one setting; `unet`: its CPU seconds, or the method that tells them."""
+
+    setting: Setting
+    methods: Sequence[str] = ()
+    seeds: Sequence[int] = (0,)
+    unet: float | str | None = None
+    augmentation: str = "none"
+
+
+_WHOLE = Setting(
+    size=256, at=LiteMedSAM.places["attention"], blocks=("vision_encoder",), epochs=20, keep="none"
+)
+STEPS: Mapping[str, Step] = {
+    "unet": Step(_WHOLE, unet=300.0),
+    "decoder": Step(replace(_WHOLE, epochs=15, keep="memory"), ("decoder",)),
+    "quick": Step(
+        Setting(
+            size=128, at=f"{_LAST}.*.attn.{{qkv,proj}}", blocks=(_LAST,), epochs=10, keep="memory"
+        ),
+        ("decoder", "SALT", "LoRA equal"),
+        unet="SALT",
+    ),
+    "report": Step(_WHOLE, SAM_METHODS, (0, 1, 2), "SALT", "turns"),
+}
+
+
+def data_of(path: Path | None, step: Step, seed: int) -> SegmentationData:
+    """The data at their three parts; generated vessels where there is no path."""
+    common: dict[str, Any] = {
+        "batch_size": step.setting.batch,
+        "seed": seed,
+        "augmentation": step.augmentation,
+    }
+    made: SegmentationData = (
+        GeneratedVessels(12, 2, 6, 512, 512, **common)
+        if path is None
+        else ChaseDB1(str(path), **common)
+    )
+    made.setup()
+    return made
+
+
+def run(name: str, step: Step, path: Path | None, out: Path) -> list[Record]:
+    """A step; what was found before is taken as it is."""
+    print(f"\n## Step {name}\n", flush=True)
+    found: list[Record] = []
+    for seed in step.seeds:
+        data = data_of(path, step, seed)
+        for method in step.methods:
+            folder = out / f"{name}-{method.replace(' ', '-')}-seed{seed}"
+            found.append(kept(folder, partial(run_sam, method, step.setting, data, seed)))
+        if step.unet is not None:
+            folder, seconds = out / f"{name}-U-Net-seed{seed}", _seconds(step, found)
+            found.append(kept(folder, partial(run_unet, PatchUNet(), data, seed, seconds)))
+    print(perfect(step, path))
+    print(table(found), flush=True)
+    return found
+
+
+def _seconds(step: Step, found: Sequence[Record]) -> float:
+    if not isinstance(step.unet, str):
+        return step.unet or 0.0
+    return [r.cpu_seconds for r in found if r.method == step.unet][-1]
+
+
+def kept(folder: Path, make: partial[Record]) -> Record:
+    """The record in the folder, else the one that is made now."""
+    file = folder / "record.json"
+    if not file.exists():
+        record = make(folder)
+        record.save(file)  # last: a run that was interrupted has none
+        print(f"{folder.name}: validation Dice {record.val_dice:.3f}", flush=True)
+    return Record.load(file)
+
+
+def perfect(step: Step, path: Path | None) -> str:
+    """What the best possible answers at the step's size would score."""
+    view, cases = View.sam(step.setting.size), data_of(path, step, 0).cases("test")
+    masks = [case.read()[1] for case in cases]
+    rows = []
+    for whole, words in ((False, "shares of pixels"), (True, "whole pixels")):
+        scores = [ceiling(mask, view, whole) for mask in masks]
+        cells = [
+            f"{word} {interval(np.array([getattr(s, key) for s in scores]))}"
+            for word, key in (("Dice", "dice"), ("clDice", "cldice"), ("HD95", "hd95"))
+        ]
+        rows.append(f"a perfect answer at {step.setting.size} px, {words}: {', '.join(cells)}\n")
+    return "".join(rows)
+
+
+def estimate(name: str, step: Step, path: Path | None) -> float:
+    """CPU seconds of a step, from one training step per method (the second, the first warms up)."""
+    data = data_of(path, step, 0)
+    pictures, total = len(data.cases("train")), 0.0
+    last = 0.0
+    for method in step.methods:
+        task = sam_task(method, replace(step.setting, keep="none"), 0)
+        data.view, data.fractions = task.view, task.fractions
+        batch = next(iter(data.train_dataloader()))
+        for _ in range(2):
+            begin = time.process_time()
+            task.training_loss(batch).backward()
+            last = time.process_time() - begin
+        one = last * step.setting.epochs * pictures / step.setting.batch
+        print(f"  {method}: {one / 60:.0f} CPU minutes a run without a cache", flush=True)
+        total += one
+    unet = step.unet if isinstance(step.unet, float) else total / max(1, len(step.methods))
+    return (total + (unet if step.unet else 0.0)) * len(step.seeds)
+
+
+def verdicts(found: Mapping[str, Sequence[Record]]) -> list[str]:
+    """The gate, and SALT against LoRA of equal size."""
+    lines = []
+    for name, records in found.items():
+        if name == "unet":
+            dice = float(by_picture(records, "dice").mean())
+            met = "met" if dice > GATE else "NOT met"
+            lines.append(f"gate: U-Net's Dice {dice:.3f}, above {GATE}: {met}")
+        if {"SALT", "LoRA equal"} <= {r.method for r in records}:
+            lines.append(f"step {name}, {against(records, 'SALT', 'LoRA equal')}")
+    return lines
+
+
+def main() -> None:
+    asked = _parser().parse_args()
+    one_thread()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")  # Lightning's advice on workers and intervals
+    path = None if asked.vessels else asked.data
+    steps = {name: STEPS[name] for name in asked.steps}
+    if asked.epochs is not None:
+        steps = {
+            n: replace(s, setting=replace(s.setting, epochs=asked.epochs)) for n, s in steps.items()
+        }
+    if asked.estimate:
+        for name, step in steps.items():
+            print(f"step {name}: {estimate(name, step, path) / 3600:.1f} CPU hours", flush=True)
+    else:
+        found = {name: run(name, step, path, asked.out) for name, step in steps.items()}
+        print("\n".join(["", *verdicts(found)]))
+    print(f"\n{machine('monai', 'timm', 'transformers', 'lightning')}")
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in STEPS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(STEPS)}")
+    return names
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("data", type=Path, nargs="?", help="CHASE_DB1: a folder or a .zip")
+    add("--out", type=Path, default=Path("chase"), metavar="FOLDER", help="of runs and pictures")
+    add("--steps", type=_names, default=["unet", "decoder", "quick"], help=f"of {','.join(STEPS)}")
+    add("--epochs", type=int, help="instead of the steps' own")
+    add("--vessels", action="store_true", help="generated vessels instead of the data")
+    add("--estimate", action="store_true", help="tell how long the steps take, run nothing")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
