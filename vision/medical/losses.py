@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.backbone import check_settings
+from ...core.backbone import one_of_kinds
 from ...core.errors import AdaptError
 from ...core.recipe import require_finite
 
@@ -41,12 +41,7 @@ class Loss(ABC):
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Loss:
         """What `to_json` wrote; an unknown kind or setting is refused by name."""
-        settings = dict(data)
-        kind = Loss.kinds().get(settings.pop("loss", ""))
-        if kind is None:
-            raise AdaptError(f"{dict(data)!r} names no loss; there are {', '.join(Loss.kinds())}")
-        check_settings(kind, settings)
-        return kind(**settings)
+        return one_of_kinds("loss", Loss.kinds(), data)
 
 
 def _require(name: str, above_zero: Mapping[str, float], from_zero: Mapping[str, float]) -> None:
