@@ -24,7 +24,7 @@ class Cloud:
 def cloud_of(scene: Reconstruction, above: float = 0.0, most: int | None = None) -> Cloud:
     """The points of all pixels whose weight is above `above`; of more than `most`, evenly many.
 
-    Raises AdaptError where no pixel is.
+    Raises AdaptError where no pixel is, or cameras are not known (NaN).
 
     >>> one = torch.ones(1, 2, 2)
     >>> scene = Reconstruction(
@@ -34,6 +34,8 @@ def cloud_of(scene: Reconstruction, above: float = 0.0, most: int | None = None)
     >>> cloud.points.tolist(), cloud.colours[0].tolist()
     ([[-0.5, -0.5, 1.0], [0.5, 0.5, 1.0]], [255, 255, 255])
     """
+    if not (scene.focals.isfinite().all() and scene.poses.isfinite().all()):
+        raise AdaptError("a reconstruction with unknown focals or poses has no points to write")
     shown = (scene.shown() & (scene.weights > above)).nonzero()
     if len(shown) == 0:
         raise AdaptError(f"no point has a weight above {above:g}: there is nothing to write")

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from polyadapt.core.errors import AdaptError
 from polyadapt.geometry3d.overlap import overlap
 from polyadapt.geometry3d.reconstruction import Reconstruction
 from polyadapt.geometry3d.scenes.bodies import Bodies, cast, normals
@@ -164,6 +165,16 @@ def test_size_views_and_focal_are_as_asked() -> None:
     scene = camouflaged(1, views=2, size=(30, 40), focal=50.0)
     assert scene.images.shape == (2, 3, 30, 40)
     assert scene.focals.tolist() == [50, 50]
+
+
+def test_views_that_cannot_be_are_refused_not_sought_forever() -> None:
+    with pytest.raises(AdaptError, match="200 cameras do not fit before one surface"):
+        camouflaged(0, views=200)
+    with pytest.raises(AdaptError, match="0 views of 64x48 pixels with a focal of 64"):
+        camouflaged(0, views=0)
+    with pytest.raises(AdaptError, match="with a focal of 20: at least"):
+        camouflaged(0, focal=20)
+    assert camouflaged(0, views=1, size=(40, 30)).depths.isfinite().all()  # tall
 
 
 def test_what_another_thing_hides_does_not_overlap() -> None:

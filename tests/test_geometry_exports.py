@@ -50,6 +50,8 @@ def test_a_cloud_holds_the_shown_points_with_their_colours_and_places() -> None:
     assert len(cloud_of(scene, most=50).points) == 50
     with pytest.raises(AdaptError, match="no point has a weight above 1"):
         cloud_of(scene, above=1)
+    with pytest.raises(AdaptError, match="unknown focals"):
+        cloud_of(replace(scene, focals=scene.focals * torch.nan))
 
 
 def test_a_cameras_frame_begins_at_its_centre_and_shows_its_image() -> None:

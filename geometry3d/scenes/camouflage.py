@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...core.errors import AdaptError
 from ..overlap import overlap
 from ..reconstruction import Reconstruction
 from .bodies import Bodies, cast
@@ -22,7 +23,8 @@ from .textures import colour_at, eight_bits, noise
 from .viewing import Rays, looking, rays_of
 
 LEAST_OVERLAP, LEAST_BASELINE = 0.2, 0.05
-_COARSE = (12, 16)  # images that tell how much views overlap
+_COARSE = 16  # columns of the images that tell how much views overlap
+_TRIES = 300
 Shape = Callable[[Rays], tuple[Tensor, Tensor, Tensor]]  # depth and (u, v) on the texture, [v, r]
 
 
@@ -56,15 +58,22 @@ def camouflaged(
     as drawn), their baselines are 0.05 to 0.6, in an orbit to 1.2; focal None: the image's width
     (53 degrees). A shift of the light leaves the scene of a seed as it is.
 
+    Raises AdaptError for no views, a focal below half the longer side, and more views than fit.
+
     >>> scene = camouflaged(3)
     >>> scene.images.shape, scene.names[0]
     (torch.Size([4, 3, 48, 64]), 'camouflaged-3-0')
     """
-    draw = Draw("camouflaged", seed)
     length = float(size[1]) if focal is None else focal
+    if views < 1 or min(size) < 1 or not length >= 0.5 * max(size):
+        raise AdaptError(
+            f"{views} views of {size[1]}x{size[0]} pixels with a focal of {length:g}: at least one"
+            " view and half the longer side are wanted"
+        )
+    draw = Draw("camouflaged", seed)
     shape = _boxes(draw) if seed % 2 else _heightfield(draw)
     tile = _tile(draw)
-    poses = _cameras(draw, shape, views, length / size[1], shift.arc)
+    poses = _cameras(draw, shape, views, length / size[1], size[0] / size[1], shift.arc)
     depth, across, down = shape(rays_of(poses, length, size))
     colours = shift.level * colour_at(tile, 0, across, down)
     if shift.noise:
@@ -81,20 +90,26 @@ def _scene(
     return Reconstruction(poses, focals, depths, torch.ones_like(depths), images, names)
 
 
-def _cameras(draw: Draw, shape: Shape, views: int, focal: float, arc: float) -> Tensor:
+def _cameras(
+    draw: Draw, shape: Shape, views: int, focal: float, aspect: float, arc: float
+) -> Tensor:
     """Poses whose pairs overlap enough, drawn closer together until they do; focal in widths."""
+    coarse = (max(4, round(_COARSE * aspect)), _COARSE)
     spread = 1.0 if arc else draw.number(0.1, 1.0)
-    while True:
+    for _ in range(_TRIES):
         poses = (
             _around(draw, views, spread * arc) if arc else _before(draw, views, spread, 1 / focal)
         )
         if _least_baseline(poses) >= LEAST_BASELINE:
-            depth, _, _ = shape(rays_of(poses, 16 * focal, _COARSE))
-            coarse, black = depth.view(views, *_COARSE), torch.zeros(views, 3, *_COARSE)
-            scene = _scene("", poses, 16 * focal, coarse, black)
+            depth = shape(rays_of(poses, _COARSE * focal, coarse))[0].view(views, *coarse)
+            scene = _scene("", poses, _COARSE * focal, depth, torch.zeros(views, 3, *coarse))
             if depth.isfinite().all() and overlap(scene).min() > LEAST_OVERLAP:
                 return poses
         spread *= 0.9
+    raise AdaptError(
+        f"{views} cameras do not fit before one surface, each {LEAST_BASELINE} from all others and"
+        f" each pair overlapping by {LEAST_OVERLAP}: ask for fewer or a shorter focal"
+    )
 
 
 def _least_baseline(poses: Tensor) -> float:
