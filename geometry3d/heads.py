@@ -148,6 +148,7 @@ def points_of(raw: Tensor) -> tuple[Tensor, Tensor]:
     C = 1 + exp(c), above 1 (DUSt3R, arXiv 2312.14132: the file's words are depth_mode exp and
     conf_mode exp from 1).
 
+    >>> import torch
     >>> raw = torch.tensor([0.0, 0.0, 3.0, 0.0]).log1p().reshape(1, 4, 1, 1)
     >>> points, confidence = points_of(raw)
     >>> points.flatten().round(decimals=4).tolist(), confidence.item()

@@ -174,5 +174,6 @@ def test_a_missing_adapter_file_is_refused_from_the_shell() -> None:
 
 def test_every_installed_domain_can_be_loaded() -> None:
     entries = metadata.entry_points(group="polyadapt.domains")
-    assert {entry.name for entry in entries} == {"speech", "timeseries", "vision", "vlm"}
+    names = {entry.name for entry in entries}
+    assert names == {"geometry3d", "speech", "timeseries", "vision", "vlm"}
     assert all(callable(entry.load()) for entry in entries)
