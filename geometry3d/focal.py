@@ -37,7 +37,7 @@ def focal_of(points: Tensor, weights: Tensor | None = None, steps: int = STEPS) 
         raise AdaptError(f"no focal length: {int(counted.sum())} of the map's points tell one")
     focal = _reweighted(pixels, slopes, weights, steps)
     if not focal > 0:
-        raise AdaptError("no focal length: the map shows its image upside down")
+        raise AdaptError("no focal length: none above 0 fits the map")
     return focal
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -32,8 +35,11 @@ def start(seen: Observations, size: tuple[int, int], focals: Tensor | None) -> G
     if focals is None:
         focals = torch.stack([_focal(seen, view, size) for view in range(seen.views)])
     world = _placed(seen, score)
-    cameras = [_fit(seen.points[k], world[v], seen.initial[k]) for v, k in enumerate(own)]
-    depths = [_depth(seen.points[k, :, 2] * c.scale) for k, c in zip(own, cameras, strict=True)]
+    cameras, depths = [], []
+    for view, k in enumerate(own):
+        with _about(f"view {view}"):
+            cameras.append(_fit(seen.points[k], world[view], seen.initial[k]))
+            depths.append(_depth(seen.points[k, :, 2] * cameras[view].scale))
     geometry = Geometry(
         rotations=torch.stack([camera.rotation for camera in cameras]),
         centres=torch.stack([camera.translation for camera in cameras]),
@@ -64,7 +70,8 @@ def _focal(seen: Observations, view: int, size: tuple[int, int]) -> Tensor:
     part = seen.slices[view]
     own = [k for k in seen.place[:, 0].tolist() if part.start <= k < part.stop]
     maps, weights = seen.points[own], seen.initial[own]
-    return focal_of(maps.unflatten(1, size), weights.unflatten(1, size))
+    with _about(f"view {view}"):
+        return focal_of(maps.unflatten(1, size), weights.unflatten(1, size))
 
 
 def _placed(seen: Observations, score: Tensor) -> Tensor:
@@ -82,7 +89,8 @@ def _placed(seen: Observations, score: Tensor) -> Tensor:
     world[root] = seen.points[place[tree[0]][0]]
     for known, new in tree:
         one, other = place[known, new]
-        into_world = _fit(seen.points[one], world[known], seen.initial[one])
+        with _about(f"views {known} and {new}"):
+            into_world = _fit(seen.points[one], world[known], seen.initial[one])
         world[new] = into_world.apply(seen.points[other])
     return world
 
@@ -104,6 +112,15 @@ def _best_edges(
     return best, place
 
 
+@contextmanager
+def _about(views: str) -> Iterator[None]:
+    """Say of which views a fit failed."""
+    try:
+        yield
+    except AdaptError as error:
+        raise AdaptError(f"{views}: {error}") from None
+
+
 def _fit(source: Tensor, target: Tensor, weights: Tensor) -> Similarity:
     counted = (weights > 0).nonzero()[:, 0]
     chosen = counted[:: max(1, len(counted) // ENOUGH_POINTS)]
@@ -114,7 +131,7 @@ def _depth(depth: Tensor) -> Tensor:
     """Depths in front of the camera; where there is none, the view's median."""
     front = depth > 0
     if not front.any():
-        raise AdaptError("a view's own pointmap lies behind its camera")
+        raise AdaptError("its own pointmap lies behind the camera")
     return torch.where(front, depth, depth[front].median())
 
 
@@ -133,4 +150,5 @@ def _fit_pairs(seen: Observations, geometry: Geometry) -> None:
         target = torch.cat([world[view[one]], world[view[other]]])
         weights = seen.initial[[one, other]].flatten()
         if weights.any():
-            geometry.similarities[edge] = _fit(source, target, weights)
+            with _about(f"views {view[one]} and {view[other]}"):
+                geometry.similarities[edge] = _fit(source, target, weights)

@@ -182,6 +182,26 @@ def test_predictions_that_are_all_nan_are_one_line() -> None:
         align(Predictions(said.edges, Pair(*(part * torch.nan for part in said.pair))))
 
 
+def test_a_network_that_puts_everything_at_one_point_is_one_line_that_names_a_view() -> None:
+    said = Oracle(small_scene(3)).predictions(all_pairs(3))
+    point = torch.ones_like(said.pair.points1)
+    same = Predictions(said.edges, said.pair._replace(points1=point, points2=point))
+    with pytest.raises(AdaptError, match="view 0: no focal length: none above 0 fits"):
+        align(same)
+    with pytest.raises(AdaptError, match=r"views 0 and \d: the source points lie on one line"):
+        align(same, focals=torch.full((3,), FOCAL))
+
+
+def test_predictions_without_any_sense_end_in_finite_numbers() -> None:
+    said = Oracle(small_scene(3)).predictions(all_pairs(3))
+    chance = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, *said.pair.points1.shape, generator=chance)
+    wild = Predictions(said.edges, said.pair._replace(points1=one, points2=other))
+    found = align(wild, steps=15, focals=torch.full((3,), FOCAL))
+    for part in (found.poses, found.depths, found.weights, found.similarities.scale):
+        assert part.isfinite().all()
+
+
 def test_views_that_nothing_sure_joins_are_named() -> None:
     said = Oracle(small_scene(4)).predictions(all_pairs(4))
     across = (said.edges[:, 0] < 2) != (said.edges[:, 1] < 2)
