@@ -91,11 +91,13 @@ def pretrain(
         run.load(state)
         print(f"goes on after step {run.step}", flush=True)
     started = saved = time.monotonic()
+    before, busy = run.step, time.process_time()
     while run.step < plan.steps:
         run.advance()
         now = time.monotonic()
         if measure_every and (run.step % measure_every == 0 or run.step == plan.steps):
-            run.report(now - started)
+            per_step = (time.process_time() - busy) / (run.step - before)
+            run.report(now - started, SCENES * len(PAIRS) / per_step)
         if stop_after is not None and now - started > stop_after:
             break
         if now - saved > save_every:
@@ -154,10 +156,11 @@ class _Run:
         for name, value in parts.items():
             self.recent[name] = 0.95 * self.recent.get(name, value.item()) + 0.05 * value.item()
 
-    def report(self, seconds: float) -> None:
-        """A line on the losses, a line on held-out scenes."""
+    def report(self, seconds: float, speed: float) -> None:
+        """A line on the losses, with pairs trained per CPU second; a line on held-out scenes."""
         losses = ", ".join(f"{name} {value:.3f}" for name, value in self.recent.items())
-        print(f"step {self.step} of {self.plan.steps}, {seconds:.0f} s: {losses}", flush=True)
+        done = f"step {self.step} of {self.plan.steps}, {seconds:.0f} s, {speed:.1f} pairs a CPU s"
+        print(f"{done}: {losses}", flush=True)
         found = measured(self.model, self.plan)
         print("  " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()), flush=True)
 
