@@ -249,7 +249,7 @@ def small_network(focal: float = float(WIDTH), pretrained: bool = True) -> Small
 
 def _fitted(own: Tensor, other: Tensor, matches: Matches) -> Pose:
     """The pose that the first image's matches say, the surer the more."""
-    sure = matches.mass * (-matches.cycle).exp()
+    sure = matches.mass * (-3 * matches.cycle).exp()
     return two_view_pose(own[:, 0], other[:, 0], sure[:, 0])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .rotations import cross_matrix, rotation_of
 
-STEPS = 12
+STEPS = 16
 _BLUR, _SHARP = 0.2, 0.006  # of the matches, in ray units: assumed at first, and in the end
 _RELIEF = 0.5  # of inverse depths around their plane, relative to their mean
 _DAMPING = 1e-4
