@@ -12,9 +12,10 @@ seconds instead: 300, or in the steps with SAM methods what SALT took. The steps
   report     all methods at 256 px, three seeds, varied pictures: hours, see --estimate
 
 Run: python benchmarks/medical_chase.py chasedb1.zip --out FOLDER [--steps unet,decoder,quick]
-  [--epochs N] [--vessels]; with --estimate each step's time is told by one step of training per
-method, nothing is trained. --vessels takes generated vessels instead of the data. What is finished
-is not run again. Predictions lie beside each run: green where right, blue missed, orange false.
+  [--epochs N] [--vessels]; with --estimate each step's CPU time of training is told by one picture
+per method, and nothing is trained. --vessels takes generated vessels instead of the data. What is
+finished is not run again. Predictions lie beside each run: green is right, blue was missed, orange
+is false.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ from polyadapt.benchmarks.medical_records import (
 from polyadapt.benchmarks.rounds import machine, one_thread
 from polyadapt.vision.medical.backbones import LiteMedSAM
 from polyadapt.vision.medical.data import ChaseDB1, GeneratedVessels, SegmentationData
+from polyadapt.vision.medical.frozen_prefix import KeptPrefix
 from polyadapt.vision.medical.metrics import ceiling
+from polyadapt.vision.medical.task import Segmentation
 from polyadapt.vision.medical.unet import PatchUNet
 from polyadapt.vision.medical.view import View
 
@@ -148,24 +151,31 @@ def perfect(step: Step, path: Path | None) -> str:
     return "".join(rows)
 
 
-def estimate(name: str, step: Step, path: Path | None) -> float:
-    """CPU seconds of a step, from one training step per method (the second, the first warms up)."""
-    data = data_of(path, step, 0)
-    pictures, total = len(data.cases("train")), 0.0
-    last = 0.0
+def estimate(step: Step, path: Path | None) -> float:
+    """CPU seconds of a step's training, from one training step of each method on one picture."""
+    data = data_of(path, replace(step, setting=replace(step.setting, batch=1)), 0)
+    count, total, salt = len(data.cases("train")), 0.0, 0.0
     for method in step.methods:
-        task = sam_task(method, replace(step.setting, keep="none"), 0)
-        data.view, data.fractions = task.view, task.fractions
-        batch = next(iter(data.train_dataloader()))
-        for _ in range(2):
-            begin = time.process_time()
-            task.training_loss(batch).backward()
-            last = time.process_time() - begin
-        one = last * step.setting.epochs * pictures / step.setting.batch
-        print(f"  {method}: {one / 60:.0f} CPU minutes a run without a cache", flush=True)
+        first, later = _picture(sam_task(method, step.setting, 0), data)
+        one = (first + later * (step.setting.epochs - 1)) * count
+        salt = one if method == "SALT" else salt
+        print(f"  {method}: {one / 60:.1f} CPU minutes a run", flush=True)
         total += one
-    unet = step.unet if isinstance(step.unet, float) else total / max(1, len(step.methods))
-    return (total + (unet if step.unet else 0.0)) * len(step.seeds)
+    unet = salt if isinstance(step.unet, str) else step.unet or 0.0
+    return (total + unet) * len(step.seeds)
+
+
+def _picture(task: Segmentation, data: SegmentationData) -> tuple[float, float]:
+    """CPU seconds of a picture in its first epoch, and in a later one when its prefix is kept."""
+    data.view, data.fractions = task.view, task.fractions
+    batch, kept = next(iter(data.train_dataloader())), task.cache_prefix != "none"
+    task._kept = KeptPrefix(task.backbone, data) if kept else None
+    seconds = []
+    for _ in range(2 if kept else 1):
+        begin = time.process_time()
+        task.training_loss(batch).backward()
+        seconds.append(time.process_time() - begin)
+    return seconds[0], seconds[-1]
 
 
 def verdicts(found: Mapping[str, Sequence[Record]]) -> list[str]:
@@ -194,7 +204,7 @@ def main() -> None:
         }
     if asked.estimate:
         for name, step in steps.items():
-            print(f"step {name}: {estimate(name, step, path) / 3600:.1f} CPU hours", flush=True)
+            print(f"step {name}: {estimate(step, path) / 60:.1f} CPU minutes", flush=True)
     else:
         found = {name: run(name, step, path, asked.out) for name, step in steps.items()}
         print("\n".join(["", *verdicts(found)]))
