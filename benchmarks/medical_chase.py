@@ -14,8 +14,8 @@ seconds instead: 300, or in the steps with SAM methods what SALT took. The steps
 Run: python benchmarks/medical_chase.py chasedb1.zip --out FOLDER [--steps unet,decoder,quick]
   [--epochs N] [--vessels]; with --estimate each step's CPU time of training is told by one picture
 per method, and nothing is trained. --vessels takes generated vessels instead of the data. What is
-finished is not run again. Predictions lie beside each run: green is right, blue was missed, orange
-is false.
+finished is not run again. Predictions lie beside each run, those of the first test picture also in
+FOLDER/predictions.png: green is right, blue was missed, orange is false.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from polyadapt.benchmarks.medical_records import (
     against,
     by_picture,
     interval,
+    shown,
     table,
 )
 from polyadapt.benchmarks.rounds import machine, one_thread
@@ -208,6 +209,8 @@ def main() -> None:
     else:
         found = {name: run(name, step, path, asked.out) for name, step in steps.items()}
         print("\n".join(["", *verdicts(found)]))
+        done = [f for f in sorted(asked.out.glob("*-seed0")) if (f / "record.json").exists()]
+        shown(done, asked.out / "predictions.png")
     print(f"\n{machine('monai', 'timm', 'transformers', 'lightning')}")
 
 

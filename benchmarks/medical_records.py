@@ -69,6 +69,25 @@ def mean_dice(pictures: Pictures) -> float:
     return statistics.mean(scores["dice"] for scores in pictures.values())
 
 
+def shown(folders: Sequence[Path], file: Path) -> None:
+    """A figure of the runs' overlays of the first test picture, each under its run and Dice."""
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
+    figure = Figure(figsize=(3 * len(folders), 3.3))
+    axes = figure.subplots(1, len(folders), squeeze=False)
+    for axis, folder in zip(axes[0], folders, strict=True):
+        record = Record.load(folder / "record.json")
+        name = min(record.pictures)
+        axis.imshow(imread(folder / f"{name}.png"))
+        dice = record.pictures[name]["dice"]
+        step = folder.name.split("-")[0]
+        axis.set_title(f"{step}: {record.method}, Dice {dice:.2f}", fontsize=8)
+        axis.axis("off")
+    figure.tight_layout(pad=0.3)
+    figure.savefig(file, dpi=90)
+
+
 # Tables
 
 

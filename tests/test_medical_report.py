@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from polyadapt.benchmarks.medical_chase import verdicts
 from polyadapt.benchmarks.medical_methods import SALT_OURS, equal_rank
-from polyadapt.benchmarks.medical_records import Record, against, by_picture, measured, table
+from polyadapt.benchmarks.medical_records import Record, against, by_picture, measured, shown, table
 from polyadapt.core import LoRA, attach
 from polyadapt.tests.medical_cases import SPARSE
 from polyadapt.vision.medical.data import GeneratedVessels
@@ -75,6 +76,17 @@ def test_pictures_are_scored_by_name_and_shown_beside_the_truth(tmp_path: Path) 
     assert [scores["dice"] for scores in found.values()] == [1.0, 1.0]
     names = [case.name for case in data.cases("test")]
     assert sorted(p.stem for p in (tmp_path / "shown").iterdir()) == sorted(names)
+
+
+def test_a_figure_shows_the_runs_side_by_side(tmp_path: Path) -> None:
+    for method in ("SALT", "U-Net"):
+        (tmp_path / method).mkdir()
+        record(method, 0, 0.5).save(tmp_path / method / "record.json")
+        picture = np.zeros((8, 8, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / method / "p0.png")
+    shown(sorted(p for p in tmp_path.iterdir()), tmp_path / "both.png")
+    with Image.open(tmp_path / "both.png") as figure:
+        assert figure.size == (540, 297)
 
 
 @pytest.mark.slow
