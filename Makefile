@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # torchvision works with exactly one torch, so the pair comes first and pinned; what follows then
 # finds its requirement met and leaves the pair alone.
 TORCH := torch==2.14.1 torchvision==0.29.1
-TEST_GROUPS := vision,vlm,speech,timeseries,medical,export,offline,sweep,docs,dev
+TEST_GROUPS := vision,vlm,speech,timeseries,medical,geometry3d,export,offline,sweep,docs,dev
 
 # A stamp per set of groups and per content of pyproject.toml: install when either is new.
 KEY := $(shell sha256sum pyproject.toml | cut -c1-12)

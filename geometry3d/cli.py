@@ -5,6 +5,9 @@ from __future__ import annotations
 from ..core import domain_command
 
 VERBS = {
+    "calibrate": "fit a set to a scene by its own images, and keep it where that helps",
+    "reconstruct": "cameras, depths and points of a scene's images: PLY, glTF, COLMAP, a page",
+    "evaluate": "score alignment and calibration on recorded scenes with known poses",
     "pretrain-small": "make the small pointmap network's weights again",
 }
 
