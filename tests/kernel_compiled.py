@@ -37,7 +37,7 @@ def compiled(
     warps = options.pop("num_warps")
     names = [parameter.name for parameter in kernel.params]
     types = {n: POINTERS.get(n, f"*{dtype}") for n in names if n.endswith("_ptr")}
-    types |= {n: NUMBERS[n] for n in names if n in NUMBERS}
+    types |= {n: NUMBERS[n] for n in names if n in NUMBERS and n not in options}
     aligned = [n for n in types if n != "scale" and n not in odd]
     source = ASTSource(
         fn=kernel,
@@ -102,6 +102,9 @@ def test_compose_compiles_for_an_odd_width_and_in_fp32_and_without_its_options(
     check_resources(compiled(kernel, 90, "bf16", options, odd=("columns", "rows")), 90, tmp_path)
     check_resources(compiled(kernel, 90, "fp32", options), 90, tmp_path)
     check_resources(compiled(kernel, 90, "fp16", none), 90, tmp_path)
+    # The JIT makes a size of 1 a constant: a single token is such a call.
+    one = options | {"rows": 1, "columns": 1}
+    check_resources(compiled(kernel, 90, "bf16", one), 90, tmp_path)
 
 
 # 14336 = 28 * 512 is padded to 32 * 512, the largest tile; of all GPUs, 89 has least memory.
