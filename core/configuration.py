@@ -226,6 +226,8 @@ def _resumed(argv: Sequence[str]) -> list[str]:
     """`--resume FOLDER` means that run's configuration and the end of its last whole epoch."""
     resumed, others = _taken_out("--resume", argv)
     if resumed is None:
+        if "--resume" in argv:
+            raise AdaptError("--resume needs the folder of the run to go on with")
         return list(argv)
     folder = Path(resumed)
     for name in (CONFIG, LAST):

@@ -26,6 +26,7 @@ from polyadapt.tests.segmentation_cases import (
 )
 from polyadapt.tests.vision_cases import Ran, changed, save_labelled, write
 from polyadapt.tests.vision_cases import configuration as of_a_classifier
+from polyadapt.vision.medical.describe import describe
 from polyadapt.vision.medical.losses import SALTReleased
 from polyadapt.vision.medical.mask_head import TextToken
 from polyadapt.vision.medical.view import View
@@ -143,6 +144,19 @@ def test_a_resumed_run_ends_in_the_same_bits(run: Run) -> None:
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.usefixtures("after_training")
+def test_the_file_says_on_what_crops_and_levels_it_was_trained(run: Run) -> None:
+    def said() -> list[object]:
+        about = describe("runs/a/adapter.safetensors")
+        return [about.crop, about.levels]
+
+    assert said() == [None, None]
+    crops = ["--data.init_args.crop", "16", "--data.init_args.window", "[-10, 300.5]"]
+    words = ["--config", "a.yaml", "--overwrite", "true", "--trainer.max_epochs", "1", *crops]
+    assert run("fit", *words).code == 0
+    assert said() == [16, (-10.0, 300.5)]
+
+
 # What is refused
 
 
@@ -216,7 +230,16 @@ def test_bad_pictures_are_one_line_and_no_run(
     write("a.yaml", configuration(**{f"data__init_args__{k}": v for k, v in changes.items()}))
     line = run("fit", "--config", "a.yaml").line()
     assert said in line
-    assert not Path("runs/a/adapter.safetensors").exists()
+    assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("after_training")
+def test_a_bad_picture_of_the_test_part_is_told_before_an_old_run_is_replaced(run: Run) -> None:
+    before = Path("runs/a/adapter.safetensors").read_bytes()
+    Image.new("L", (7, 5)).save("pictures/masks/d_mask.png")
+    line = run("fit", "--config", "a.yaml", "--overwrite", "true").line()
+    assert "d_mask.png is 5 x 7 pixels (height x width)" in line
+    assert Path("runs/a/adapter.safetensors").read_bytes() == before
 
 
 def test_empty_masks_are_counted_not_hidden(run: Run) -> None:

@@ -83,7 +83,7 @@ def test_a_split_file_that_does_not_fit_is_refused(
 
 def test_a_split_file_that_is_missing_or_no_table_is_refused(tmp_path: Path) -> None:
     save_vessels(tmp_path, ["a"])
-    assert "cannot read the table" in refused(tmp_path, split_file="none.csv")
+    assert "cannot read none.csv" in refused(tmp_path, split_file="none.csv")
     (tmp_path / "own.csv").write_text("image,part\na,train\n")
     assert "has no column 'imgs'" in refused(tmp_path, split_file="own.csv")
 
@@ -93,6 +93,10 @@ def test_a_picture_without_a_mask_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "masks/b_mask.png").unlink()
     assert "b.png has no mask: masks/b_mask with any suffix" in refused(tmp_path)
     assert "has no pictures" in refused(tmp_path / "masks")
+    shutil.copy(tmp_path / "masks/a_mask.png", tmp_path / "masks/a_mask.bmp")
+    said = refused(tmp_path)
+    assert "a_mask.bmp and " in said
+    assert "a_mask.png would be masks of one picture" in said
 
 
 def test_two_pictures_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -130,6 +134,24 @@ def test_a_zip_gives_what_its_folder_gives(tmp_path: Path) -> None:
     for case, same in zip(one.cases("train"), other.cases("train"), strict=True):
         assert np.array_equal(case.read()[0].pixels, same.read()[0].pixels)
         assert np.array_equal(case.read()[1], same.read()[1])
+
+
+@pytest.mark.parametrize("top", ["", "set/"], ids=["at the top", "in a folder"])
+def test_the_tables_in_a_zip_are_read_like_those_in_a_folder(tmp_path: Path, top: str) -> None:
+    save_vessels(tmp_path / "in", ["a", "b", "c"])
+    split_file(tmp_path / "in", "a.png,test", "b.png,train", "c.png,val")
+    (tmp_path / "in/who.csv").write_text("image,patient\na,x\nb,y\nc,z\n")
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for file in sorted((tmp_path / "in").rglob("*.*")):
+            archive.write(file, f"{top}{file.relative_to(tmp_path / 'in')}")
+    for root in ("in", "in.zip"):
+        pairs = find_pairs(str(tmp_path / root), "_mask", "who.csv")
+        assert [(pair.patient, pair.part) for pair in pairs] == [
+            ("x", "test"),
+            ("y", "train"),
+            ("z", "val"),
+        ]
+    assert "cannot read own.csv" in refused(tmp_path / "in.zip", split_file="own.csv")
 
 
 def test_every_slice_of_a_volume_is_a_picture_of_its_patient(tmp_path: Path) -> None:

@@ -84,12 +84,23 @@ def test_several_labels_are_refused_until_some_are_named(tmp_path: Path) -> None
     assert read_mask(labels, labels=(1, 3)).tolist() == [[0, 1, 0], [0, 1, 0]]
 
 
-def test_a_mask_blurred_by_jpeg_is_cut_at_the_half(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quality", [60, 95])  # many values, and few close to black and white
+def test_a_mask_blurred_by_jpeg_is_cut_at_the_half(tmp_path: Path, quality: int) -> None:
     y, x = np.mgrid[:96, :96]
     disc = ((y - 48) ** 2 + (x - 40) ** 2 < 900).astype(np.uint8)
-    file = saved(tmp_path, disc * np.uint8(255), "m.jpg", quality=60)
-    assert len(np.unique(np.array(Image.open(file.path)))) > 64
+    file = saved(tmp_path, disc * np.uint8(255), "m.jpg", quality=quality)
+    assert (len(np.unique(np.array(Image.open(file.path)))) > 64) == (quality == 60)
     assert np.mean(read_mask(file) != disc) < 0.003
+
+
+def test_labels_with_one_for_what_is_to_be_ignored_are_no_blurred_mask(tmp_path: Path) -> None:
+    labels = np.array([[0, 1, 2, 3, 4, 5, 255]], dtype=np.uint8)
+    assert "has the values 0, 1, 2, 3, 4, ..." in refused(saved(tmp_path, labels))
+
+
+def test_an_empty_file_is_no_image(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    assert refused(File.at(tmp_path / "a.png")).endswith("a.png: it is empty, or no image")
 
 
 def test_a_photograph_is_no_mask(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
 
 from polyadapt.core.errors import AdaptError
 from polyadapt.tests.medical_cases import SPARSE
 from polyadapt.tests.segmentation_cases import SIDE, shift, task_of, vessels
 from polyadapt.vision.medical.data import Case, GeneratedVessels
+from polyadapt.vision.medical.inference import in_windows
 from polyadapt.vision.medical.masks import Picture
 from polyadapt.vision.medical.measured import Measured, Scored, table
 from polyadapt.vision.medical.metrics import MaskScores, means, score
+from polyadapt.vision.medical.task import Segmentation
 
 
 @pytest.fixture(autouse=True)
@@ -75,18 +78,29 @@ def test_a_validation_scores_overlap_alone_unless_all_is_asked_for() -> None:
         assert found["val_pictures"] == 2
 
 
-def test_the_means_are_those_of_the_pictures_by_hand() -> None:
+def _whole(task: Segmentation, picture: Picture) -> Tensor:
+    native: Tensor = task.view.native(task(task.view(picture.pixels)[None]), picture.size)[0, 0]
+    return native
+
+
+def _in_windows(task: Segmentation, picture: Picture) -> Tensor:
+    return in_windows(lambda images, _=None: task(images), task.view, picture.pixels, 12)
+
+
+@pytest.mark.parametrize(("crop", "answer"), [(None, _whole), (12, _in_windows)], ids=["", "crops"])
+def test_the_means_are_those_of_the_pictures_by_hand(
+    crop: int | None, answer: Callable[[Segmentation, Picture], Tensor]
+) -> None:
     task = task_of()
     shift(task)
-    data = vessels()
+    data = vessels(crop=crop)
     (found,) = trainer().test(task, datamodule=data, verbose=False)
     task.eval()
     scores = []
-    with torch.no_grad():
+    with torch.inference_mode():
         for case in data.cases("test"):
             picture, target = case.read()
-            native = task.view.native(task(task.view(picture.pixels)[None]), picture.size)
-            scores.append(score((native[0, 0] > 0).numpy().astype(np.uint8), target))
+            scores.append(score((answer(task, picture) > 0).numpy().astype(np.uint8), target))
     for name, mean in means(scores).items():
         assert found[f"test_{name}"] == pytest.approx(mean, abs=1e-4)
 

@@ -25,6 +25,7 @@ from polyadapt.tests.vision_cases import Ran, started
 from polyadapt.vision.medical.backbones import TransformersSAM
 from polyadapt.vision.medical.describe import Segmenter
 from polyadapt.vision.medical.files import File
+from polyadapt.vision.medical.inference import in_windows
 from polyadapt.vision.medical.masks import read_mask
 from polyadapt.vision.medical.task import Segmentation
 
@@ -38,11 +39,14 @@ TINY = TransformersSAM(
 )
 
 
-def save_tiny_set(path: Path, says: TransformersSAM = TINY) -> Path:
-    """LoRA on a SAM of random numbers, and a head; `says`: the backbone that the file names."""
+def save_tiny_set(path: Path, says: TransformersSAM = TINY, **told: Any) -> Path:
+    """LoRA on a SAM of random numbers, and a head; `says`: the backbone that the file names.
+
+    `told`: what else the file has instead of its own.
+    """
     task = Segmentation(TINY, LoRA(rank=2), at=["attention"], view=BRIGHT)
     noisy(task.head, 0.1)
-    task.adapters.extra |= {"backbone": says.to_json()}
+    task.adapters.extra |= {"backbone": says.to_json()} | told
     task.save_adapter(path)
     return path
 
@@ -193,6 +197,30 @@ def test_dicom_gives_dicom_and_levels_say_what_is_bright(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("by_brightness")
+def test_crops_and_levels_are_those_of_the_training_unless_others_are_asked_for(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = save_tiny_set(tmp_path / "crops.safetensors", crop=16, levels=[1000, 1100])
+    as_dicom(Path("a.dcm"), (board(32, 32) // 255).astype(np.uint16) * 100 + 1000)
+    windows: list[int] = []
+
+    def counted(*words: Any) -> torch.Tensor:
+        windows.append(words[3])
+        return in_windows(*words)
+
+    monkeypatch.setattr("polyadapt.vision.medical.segmenting.in_windows", counted)
+    ran = run("a.dcm", set_file=file)
+    assert ran.err == "polyadapt: as in training: --window 16 --levels 1000 1100\n"
+    assert windows == [16]
+    assert np.array_equal(read_mask(File.at("masks/a.dcm")), board(32, 32) > 0)
+    ran = run("a.dcm", "--window", "0", "--levels", "2000", "2100", set_file=file)
+    assert (ran.err, windows, rows()[0]["pixels"]) == ("", [16], "0")
+    monkeypatch.setattr(Segmenter, "logits", staticmethod(in_boxes))
+    ran = run("a.dcm", "--boxes", "1,1,9,9", set_file=file)
+    assert (ran.err, windows) == ("polyadapt: as in training: --levels 1000 1100\n", [16])
+
+
+@pytest.mark.usefixtures("by_brightness")
 def test_a_picture_of_8000_pixels_is_segmented_at_its_size(run: Run) -> None:
     large = np.zeros((8000, 300), dtype=np.uint8)
     large[4000:] = 255
@@ -287,8 +315,9 @@ def test_a_spacing_that_is_no_length_is_told(run: Run) -> None:
     [
         (["gone.png"], "there is no picture, folder or .zip gone.png"),
         (["a.png", "--threshold=1"], "'1' is not a number above 0 and below 1"),
-        (["a.png", "--window=0"], "'0' is not a whole number from 1"),
-        (["a.png", "--levels", "5", "5"], "is not allowed: low, then high"),
+        (["a.png", "--window=-1"], "'-1' is not a whole number from 0"),
+        (["a.png", "--batch=0"], "'0' is not a whole number from 1"),
+        (["a.png", "--levels", "5", "4"], "--levels 5 4 is not allowed: low, then high"),
         (["a.png", "--overlays=masks"], "masks and overlays have one name"),
         (["a.png", "--out=."], "a.png is read: it would be overwritten"),
         (["a.png", "--boxes", "0,0,9"], "--boxes: '0,0,9' is not x0,y0,x1,y1"),
@@ -319,6 +348,9 @@ def test_a_set_of_another_kind_or_for_another_sam_is_one_line(run: Run, tmp_path
     assert "holds no segmentation: task None" in said
     other = save_tiny_set(tmp_path / "seed.safetensors", says=replace(TINY, seed=5))
     assert "vision_encoder.layers" in run("a.png", set_file=other).line()
+    for told in ({"crop": 0}, {"crop": "9"}, {"levels": [5, 5]}):
+        other = save_tiny_set(tmp_path / "told.safetensors", **told)
+        assert f"misstates {next(iter(told))}=" in run("a.png", set_file=other).line()
     torch.save({"a": torch.zeros(1)}, tmp_path / "sam.pth")
     assert "torch.save file" in run("a.png", set_file=tmp_path / "sam.pth").line()
     assert not Path("masks").exists()

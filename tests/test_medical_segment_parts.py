@@ -127,7 +127,7 @@ def test_points_are_one_prompt_of_every_box(tmp_path: Path) -> None:
         (["1,2,x,4"], [], "--boxes: '1,2,x,4' is not"),
         (["1,2,nan,4"], [], "--boxes: '1,2,nan,4' is not"),
         ([], ["1,2,7"], "--points: the label of 1,2,7 is 1"),
-        ([], ["a.csv"], "cannot read the table a.csv"),
+        ([], ["a.csv"], "cannot read a.csv"),
     ],
 )
 def test_places_that_are_none_are_refused(boxes: list[str], points: list[str], said: str) -> None:

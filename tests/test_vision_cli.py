@@ -199,6 +199,13 @@ def test_compare_refuses_configurations_with_other_data(run: Run) -> None:
     assert not Path("cmp").exists()
 
 
+def test_sites_knows_the_places_of_a_sam(run: Run) -> None:
+    ran = run("sites", "LiteMedSAM", "neck", "vision_encoder.stages.1.blocks.0.attn.qkv")
+    assert ran.code == 0
+    for path in ("vision_encoder.neck.conv2", "vision_encoder.stages.1.blocks.0.attn.qkv"):
+        assert path in ran.out
+
+
 def test_sites_prints_where_a_pattern_leads(run: Run) -> None:
     ran = run("sites", "vit_tiny_patch16_224", "blocks.{0,2}.attn.qkv[q,v]")
     assert ran.code == 0

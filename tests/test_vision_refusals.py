@@ -145,6 +145,7 @@ def test_a_file_that_is_no_configuration_is_one_line(
         (["compare", "--configs", "a.yaml", "--out", "c", "--seeds", "0,0"], "list of different"),
         (["sites", "vit_tny_patch16_224", "blocks.*"], "nearest: vit_tiny_patch16_224"),
         (["sites", "vit_tiny_patch16_224", "block.*"], "nearest: blocks.*"),
+        (["fit", "--resume"], "--resume needs the folder of the run to go on with"),
     ],
 )
 def test_a_wrong_word_is_one_line(run: Run, words: list[str], said: str) -> None:

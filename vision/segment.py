@@ -13,8 +13,9 @@ from ..core.cli import OneLineParser
 from ..core.errors import AdaptError, StoreError
 
 if TYPE_CHECKING:
-    from .medical.describe import Segmenter
+    from .medical.describe import Description, Segmenter
     from .medical.jobs import Job
+    from .medical.prompts import Places
     from .medical.results import Results, Row
     from .medical.segmenting import Manner, Mask, Seen
 
@@ -24,21 +25,42 @@ _PATIENCE = 10.0  # seconds between two lines of progress where lines cannot be 
 def main(argv: list[str]) -> int:
     """Write a mask for each picture that `argv` names; each is told on stdout when it is there."""
     asked = _parser().parse_args(argv)
-    if asked.window is not None and (asked.boxes or asked.points):
+    if asked.window and (asked.boxes or asked.points):
         raise AdaptError("--window sees one part after another: leave out --boxes and --points")
+    if asked.levels is not None and not asked.levels[0] < asked.levels[1]:
+        low, high = asked.levels
+        raise AdaptError(f"--levels {low:g} {high:g} is not allowed: low, then high")
     from .medical.prompts import Places
     from .medical.results import Results
+
+    places = Places.read(asked.boxes, asked.points)
+    jobs = _jobs(asked)
+    segmenter = _segmenter(asked.set)
+    manner = _manner(asked, places, segmenter.about)
+    return _segment(segmenter, jobs, manner, Results(asked.out, asked.overlays))
+
+
+def _manner(asked: argparse.Namespace, places: Places | None, about: Description) -> Manner:
+    """What is not asked for is as it was in training; that is told."""
     from .medical.segmenting import Manner
 
-    manner = Manner(
+    window, levels, told = asked.window, about.levels, []
+    if window is None and about.crop is not None and places is None:
+        window = about.crop
+        told.append(f"--window {window}")
+    if asked.levels is not None:
+        levels = asked.levels[0], asked.levels[1]
+    elif levels is not None:
+        told.append(f"--levels {levels[0]:g} {levels[1]:g}")
+    if told:
+        print(f"polyadapt: as in training: {' '.join(told)}", file=sys.stderr)
+    return Manner(
         threshold=asked.threshold,
-        window=asked.window,
+        window=window or None,
         batch=asked.batch,
-        levels=asked.levels and (asked.levels[0], asked.levels[1]),
-        places=Places.read(asked.boxes, asked.points),
+        levels=levels,
+        places=places,
     )
-    jobs = _jobs(asked)
-    return _segment(_segmenter(asked.set), jobs, manner, Results(asked.out, asked.overlays))
 
 
 def _jobs(asked: argparse.Namespace) -> list[Job]:
@@ -169,12 +191,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="FOLDER", help="masks and areas.csv go there")
     add("--overlays", type=Path, metavar="FOLDER", help="also pictures with their masks on them")
     add("--threshold", type=_share, default=0.5, metavar="P", help="probability; default: 0.5")
-    window = "see the picture through windows of N x N of its own pixels"
-    add("--window", type=_positive, metavar="N", help=f"{window}; default: as a whole")
+    window = "see pictures through windows of N x N of their own pixels, 0: as a whole"
+    add("--window", type=_whole, metavar="N", help=f"{window}; default: as in training")
     wanted = "or a .csv with columns image and these; in pixels of the pictures"
     add("--boxes", nargs="+", default=[], metavar="X0,Y0,X1,Y1", help=wanted)
     add("--points", nargs="+", default=[], metavar="X,Y[,LABEL]", help=f"label 1 or 0; {wanted}")
-    levels = "what is black and white in deep pictures, such as -100 300 HU; default: their own"
+    levels = (
+        "what is black and white in deep pictures, such as -100 300 HU; default: as in training"
+    )
     add("--levels", nargs=2, type=float, metavar=("LOW", "HIGH"), help=levels)
     add("--masks", type=Path, metavar="FOLDER", help="true masks: scores go into the table")
     add("--mask-suffix", default="", metavar="TEXT", help="behind NAME in the names of true masks")
@@ -182,10 +206,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+def _whole(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
     return int(text)
+
+
+def _positive(text: str) -> int:
+    return _whole(text, least=1)
 
 
 def _share(text: str) -> float:

@@ -93,9 +93,12 @@ class SegmentationData(LightningDataModule, ABC):
     resumed run sees the same; num_workers: processes that prepare pictures.
 
     `view` is the model's: a task sets it, else set it before asking for batches; `fractions`, too:
-    whether masks are shares of pixels.
+    whether masks are shares of pixels. `window`: values of deep pictures that become black and
+    white, where they are read from files.
     Raises `AdaptError` for settings out of range and what `read` refuses.
     """
+
+    window: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -208,6 +211,14 @@ class SegmentationFolders(SegmentationData):
         self.labels = tuple(labels)
         self.window = window
         self.named = {"val": tuple(val_patients), "test": tuple(test_patients)}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Before a training each picture is read with its mask, so that a bad one stops no run."""
+        super().setup(stage)
+        if stage == "fit":
+            for part in ("train", "val", "test"):
+                for case in self.cases(part):
+                    case.read()
 
     def read(self) -> list[Case]:
         pairs = find_pairs(self.root, self.mask_suffix, self.patient, self.split_file)

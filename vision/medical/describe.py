@@ -28,7 +28,9 @@ class Description:
 
     `parts` are the parts of the SAM that the head holds (`mask_head.PARTS`), `token` the prompt
     that it learned, `structure` what it marks, `fractions` whether its masks were shares of pixels,
-    `head` its tensors by their names in `MaskHead`.
+    `head` its tensors by their names in `MaskHead`; `crop` the side of the squares, in native
+    pixels, that it was trained on, None for whole pictures, and `levels` what was black and white
+    in them, None for their own darkest and brightest value.
     """
 
     backbone: Backbone
@@ -40,6 +42,8 @@ class Description:
     loss: Loss
     fractions: bool
     head: dict[str, Tensor]
+    crop: int | None = None
+    levels: tuple[float, float] | None = None
 
     def extra(self) -> dict[str, Any]:
         """All but the tensors as JSON values, as they stand in the file."""
@@ -52,6 +56,7 @@ class Description:
             "classes": [self.structure],
             "loss": self.loss.to_json(),
             "fractions": self.fractions,
+            **trained_on(self.crop, self.levels),
         }
 
     def made_head(self, sam: SegmentAnything) -> MaskHead:
@@ -65,6 +70,11 @@ class Description:
         if self.token == "text":
             return TextToken(sam, self.head["prompt.features"])
         return ClassToken(sam) if self.token == "class" else None
+
+
+def trained_on(crop: int | None, levels: tuple[float, float] | None) -> dict[str, Any]:
+    """How the data showed pictures, as JSON values of the file."""
+    return {"crop": crop, "levels": None if levels is None else list(levels)}
 
 
 def describe(path: str | Path) -> Description:
@@ -88,6 +98,8 @@ def describe(path: str | Path) -> Description:
             loss=Loss.from_json(said["loss"]),
             fractions=bool(said["fractions"]),
             head={name.removeprefix(HEAD): tensor for name, tensor in file.head.items()},
+            crop=_crop(said.get("crop")),
+            levels=_levels(said.get("levels")),
         )
     except AdaptError as error:
         raise StoreError(f"{path}: {error}") from error
@@ -97,6 +109,21 @@ def describe(path: str | Path) -> Description:
     if found.token not in get_args(Token) or (found.token == "text" and features.ndim != 2):
         raise StoreError(f"{path}: its prompt {found.token!r} is unknown, or not in the head")
     return found
+
+
+def _crop(said: Any) -> int | None:
+    if said is not None and (type(said) is not int or said < 1):
+        raise ValueError(f"crop={said!r}")
+    return said
+
+
+def _levels(said: Any) -> tuple[float, float] | None:
+    if said is None:
+        return None
+    low, high = map(float, said)
+    if not low < high:
+        raise ValueError(f"levels={said}")
+    return low, high
 
 
 class Segmenter:

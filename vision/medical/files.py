@@ -74,14 +74,15 @@ def files_in(top: Path) -> list[File]:
     if top.is_dir():
         found = [f.relative_to(top).as_posix() for f in top.rglob("*") if f.is_file()]
     elif top.is_file():
-        found = _names_in(top)
+        found = names_in(top)
     else:
         raise AdaptError(f"there is no folder or .zip file {top}")
     files = sorted(File(top, name) for name in found if _shown(name))
     return [file for file in files if file.suffix]
 
 
-def _names_in(top: Path) -> list[str]:
+def names_in(top: Path) -> list[str]:
+    """Every file in a .zip; `AdaptError` for one that cannot be read."""
     try:
         with zipfile.ZipFile(top) as archive:
             return [info.filename for info in archive.infolist() if not info.is_dir()]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ...core.errors import AdaptError
-from .files import DICOM, NIFTI, File, files_in
+from .files import DICOM, NIFTI, File, files_in, names_in
 from .scans import layers_of
 
 SPLIT_FILE = "data_split.csv"  # of SALT's data sets
@@ -48,11 +48,11 @@ def find_pairs(
     Parts: root/train/, val/ and test/ where there are such folders; or a `split_file` with columns
     imgs and split, which is looked for as `data_split.csv` (the layout of SALT's data sets:
     images/NAME.png, masks/NAME_mask.png). `patient`: a regular expression, searched in the stem,
-    whose first group is the patient, or a .csv file with columns image and patient. Each slice of a
-    volume is a picture.
+    whose first group is the patient, or a .csv file with columns image and patient. Tables may lie
+    in the folder or .zip. Each slice of a volume is a picture.
 
-    Raises `AdaptError` for a picture without a mask, two with one name, a split file or patients
-    that do not fit, and a patient whose pictures lie in two parts.
+    Raises `AdaptError` for a picture without a mask or with two, two with one name, a split file or
+    patients that do not fit, and a patient whose pictures lie in two parts.
     """
     files = files_in(Path(root))
     masks, pictures = _divided(files, mask_suffix)
@@ -64,7 +64,7 @@ def find_pairs(
     _refuse_twins(root, pictures)
     pairs = [_pair(file, masks, mask_suffix) for file in pictures]
     pairs = _with_parts(pairs, Path(root), split_file)
-    pairs = _with_patients(pairs, patient)
+    pairs = _with_patients(pairs, Path(root), patient)
     refuse_shared_patients(pairs)
     return [slice_ for pair in pairs for slice_ in _slices(pair)]
 
@@ -79,7 +79,9 @@ def _divided(files: Sequence[File], suffix: str) -> tuple[dict[str, File], list[
     for file in files:
         folders = _folders(file)
         if "masks" in folders or ("images" not in folders and suffix and _ends(file, suffix)):
-            masks[_key(file, "")] = file
+            other = masks.setdefault(_key(file, ""), file)
+            if other != file:
+                raise AdaptError(f"{other} and {file} would be masks of one picture: leave one")
         elif "images" in folders or suffix:
             pictures.append(file)
     named = {_key(file, "") for file in pictures if _key(file, suffix) in masks}
@@ -145,10 +147,11 @@ def _slices(pair: Pair) -> list[Pair]:
 
 
 def _with_parts(pairs: list[Pair], root: Path, split_file: str | None) -> list[Pair]:
-    name = split_file or SPLIT_FILE
-    table = root / name if root.is_dir() and (root / name).is_file() else Path(name)
-    if split_file is None and table.parent != root:
-        return pairs
+    table = _table(root, split_file or SPLIT_FILE)
+    if table is None:
+        if split_file is None:
+            return pairs
+        table = File.at(split_file)
     parts: dict[str, str] = {}
     for row in read_table(table, "imgs", "split"):
         part = _PARTS.get(row[1].lower())
@@ -162,7 +165,15 @@ def _with_parts(pairs: list[Pair], root: Path, split_file: str | None) -> list[P
     return [replace(pair, part=parts[pair.name]) for pair in pairs if pair.name in parts]
 
 
-def _require_same_names(table: Path, named: Iterable[str], pairs: Iterable[Pair]) -> None:
+def _table(root: Path, name: str) -> File | None:
+    """The table in a folder, or the one of this name that lies highest in a .zip."""
+    if root.is_dir():
+        return File(root, name) if (root / name).is_file() else None
+    inside = [f for f in names_in(root) if f == name or f.endswith(f"/{name}")]
+    return File(root, min(inside, key=lambda f: (f.count("/"), f))) if inside else None
+
+
+def _require_same_names(table: File, named: Iterable[str], pairs: Iterable[Pair]) -> None:
     missing = sorted(set(named) - {pair.name for pair in pairs})
     if missing:
         raise AdaptError(
@@ -170,32 +181,32 @@ def _require_same_names(table: Path, named: Iterable[str], pairs: Iterable[Pair]
         )
 
 
-def read_table(path: Path, *columns: str) -> list[tuple[str, ...]]:
+def read_table(table: File, *columns: str) -> list[tuple[str, ...]]:
     """The named columns of a .csv file, row by row."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AdaptError(f"cannot read the table {path}: {error}") from error
+        text = table.bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise AdaptError(f"cannot read {table}: {error}") from error
     rows = csv.DictReader(io.StringIO(text), skipinitialspace=True)
     absent = [column for column in columns if column not in (rows.fieldnames or ())]
     if absent:
-        raise AdaptError(f"{path} has no column {absent[0]!r}; it has {rows.fieldnames}")
+        raise AdaptError(f"{table} has no column {absent[0]!r}; it has {rows.fieldnames}")
     read = [tuple((row[column] or "").strip() for column in columns) for row in rows]
     if not all(all(row) for row in read):
-        raise AdaptError(f"{path}: a value of {' or '.join(columns)} is empty")
+        raise AdaptError(f"{table}: a value of {' or '.join(columns)} is empty")
     return read
 
 
 # Patients
 
 
-def _with_patients(pairs: list[Pair], patient: str | None) -> list[Pair]:
+def _with_patients(pairs: list[Pair], root: Path, patient: str | None) -> list[Pair]:
     if patient is None:
         return pairs
     if patient.lower().endswith(".csv"):
-        table = Path(patient)
+        table = _table(root, patient) or File.at(patient)
         rows = read_table(table, "image", "patient")
-        of = {File(table, image).stem: who for image, who in rows}
+        of = {File(root, image).stem: who for image, who in rows}
         untold = [pair.name for pair in pairs if pair.name not in of]
         if untold:
             raise AdaptError(f"{table} names no patient of {untold[0]}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...core.errors import AdaptError
 from .files import PLAIN, File
@@ -20,8 +20,9 @@ Pixels = NDArray[np.uint8]
 Mask = NDArray[np.uint8]
 Spacing = tuple[float, float]
 
-# A mask that JPEG or a resize has blurred: many values, nearly all of them close to black or white.
-_NEAR, _MANY, _BORDERS = 24, 64, 0.15
+# A mask that JPEG or a resize has blurred: nearly all pixels are close to black or white, and there
+# are many values, or some around both, which labels of structures (0, 1, 2, 255) are not.
+_NEAR, _MANY, _AROUND, _BORDERS = 24, 64, 4, 0.15
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ def _plain(file: File, mask: bool) -> Values:
             return _array(image, mask)
     except AdaptError:
         raise
+    except UnidentifiedImageError as error:  # whose own words are of our buffer
+        raise AdaptError(f"cannot read the image {file}: it is empty, or no image") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise AdaptError(f"cannot read the image {file}: {error}") from error
 
@@ -192,6 +195,8 @@ def _binary(values: Values, file: File, labels: tuple[int, ...]) -> Mask:
 
 def _two_and_their_blur(values: Values) -> bool:
     """Labels of several structures are few values, and a photograph is mostly in between."""
+    found = np.unique(values)
+    dark, light = (found <= _NEAR).sum(), (found >= 255 - _NEAR).sum()
+    many = len(found) >= _MANY or min(dark, light) >= _AROUND
     between = (values > _NEAR) & (values < 255 - _NEAR)
-    both = values.min() <= _NEAR and values.max() >= 255 - _NEAR
-    return bool(both and len(np.unique(values)) >= _MANY and between.mean() <= _BORDERS)
+    return bool(dark and light and many and between.mean() <= _BORDERS)

@@ -81,7 +81,7 @@ def _of(told: Mapping[str, Sequence[Numbers]], names: Sequence[str]) -> Sequence
 
 def _told(option: str, words: Sequence[str], form: Sequence[str]) -> dict[str, list[Numbers]]:
     if len(words) == 1 and words[0].lower().endswith(".csv"):
-        rows = read_table(Path(words[0]), "image", *form)
+        rows = read_table(File.at(words[0]), "image", *form)
     else:
         rows = [(_EVERY, *word.split(",")) for word in words]
     found: dict[str, list[Numbers]] = {}

@@ -16,13 +16,14 @@ from ...core.training import AdaptedModule
 from ..frozen_prefix import Keep, folder_of, require_kind
 from .backbones import Backbone
 from .data import Batch, SegmentationData
-from .describe import Description, Token, describe
+from .describe import Description, Token, describe, trained_on
 from .frozen_prefix import KeptPrefix, require_fixed_pictures, require_keepable
+from .inference import in_windows
 from .losses import DiceCE, Loss
 from .mask_head import DECODER, ClassToken, MaskHead, TextToken
 from .measured import Scored
 from .metrics import MaskScores, means, score
-from .sam import SegmentAnything
+from .sam import Prompt, SegmentAnything
 from .text_prompt import ClipText
 from .view import View
 
@@ -44,6 +45,8 @@ class Segmentation(AdaptedModule):
     can reach more at the picture's own size (`metrics.ceiling`). `view` is the backbone's own
     unless given. Validation and test report the loss and, at the pictures' own size, the means over
     pictures of Dice, IoU, clDice and HD95 with the empty-mask rule and its counts (`metrics`);
+    what was trained on crops is scored through windows of their size (`in_windows`), its loss there
+    is of whole pictures;
     `val_scores="dice"` leaves the slow two out of the validation. The other settings are
     `AdaptedModule`'s. View, backbone, prompt and loss travel in the adapter file.
 
@@ -155,6 +158,8 @@ class Segmentation(AdaptedModule):
                 f"{', '.join(kind.__name__ for kind in SegmentationData.__subclasses__())}"
             )
         data.view, data.fractions = self.view, self.fractions
+        if stage == "fit":
+            self.adapters.extra |= trained_on(data.crop, data.window)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -207,9 +212,13 @@ class Segmentation(AdaptedModule):
         return found
 
     def _scored_case(self, part: str, number: int, maps: Tensor, overlap_only: bool) -> Scored:
-        case = self.trainer.datamodule.cases(part)[number]  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        case = data.cases(part)[number]
         picture, target = case.read()
-        native = self.view.native(maps, (target.shape[0], target.shape[1]))[0]
+        if data.crop is None:
+            native = self.view.native(maps, (target.shape[0], target.shape[1]))[0]
+        else:  # what was trained on crops is asked about crops, as `segment` does
+            native = in_windows(self._answered, self.view, picture.pixels, data.crop)
         prediction = (native > 0).cpu().numpy().astype(np.uint8)
         scores = score(prediction, target, picture.spacing, overlap_only=overlap_only)
         found = Scored(case.name, case.patient, picture, target, prediction, scores)
@@ -220,6 +229,10 @@ class Segmentation(AdaptedModule):
             )
         self._unit = found.unit
         return found
+
+    def _answered(self, images: Tensor, prompt: Prompt | None = None) -> Tensor:
+        logits: Tensor = self.head(self.backbone, images.to(self.device), prompt)
+        return logits
 
     def _log_means(self, part: str) -> None:
         found, self._scored, self._unit = self._scored, [], None
