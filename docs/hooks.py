@@ -20,6 +20,7 @@ from mkdocs.structure.files import File, Files
 from polyadapt import core
 from polyadapt.core import Recipe
 from polyadapt.core.adapters import recipes
+from polyadapt.geometry3d.cli import VERBS as GEOMETRY3D_VERBS
 from polyadapt.speech.cli import VERBS as SPEECH_VERBS
 from polyadapt.tests.law_models import LAYERS
 from polyadapt.tests.law_table import CELLS, ROWS, Row
@@ -42,7 +43,7 @@ def on_startup(**_: Any) -> None:
     shown = ROOT / "build" / "shown" / "polyadapt"
     shown.mkdir(parents=True, exist_ok=True)
     (shown / "__init__.py").write_bytes((ROOT / "__init__.py").read_bytes())
-    for name in ("core", "speech", "timeseries", "vision", "vlm"):
+    for name in ("core", "geometry3d", "speech", "timeseries", "vision", "vlm"):
         if not (shown / name).is_symlink():
             (shown / name).symlink_to(f"../../../{name}", target_is_directory=True)
 
@@ -205,6 +206,7 @@ def _table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
 
 FILLINGS: dict[str, Callable[[], str]] = {
     "benchmark_results": benchmark_results,
+    "geometry3d_verbs": partial(verb_table, GEOMETRY3D_VERBS),
     "law_table": law_table,
     "laws": lambda: section("CONTRIBUTING.md", "The laws"),
     "medical_configurations": partial(configurations, "vision/medical"),

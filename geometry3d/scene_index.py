@@ -56,7 +56,7 @@ class SceneIndex:
         By `features_of` the untouched network, centred at all scenes' mean. An image is as far
         from a scene as from its nearest view (1 - cosine), several images as their median. A scene
         may be it where they are no farther than its own views are from each other at most; of
-        several such scenes the nearest is taken if it is at most 0.8 times as far as the next.
+        several such scenes the nearest is taken if it is less than 0.8 times as far as the next.
 
         Raises AdaptError, naming the nearest, where no scene or more than one may be it.
         """
@@ -65,7 +65,7 @@ class SceneIndex:
         far, known = {}, {}
         for name, features in self.features.items():
             own = F.normalize(features - centre, dim=1)
-            far[name] = float((1 - (asked @ own.mT).amax(1)).median())
+            far[name] = float((1 - (asked @ own.mT).amax(1)).clamp_min(0).median())
             known[name] = far[name] <= _reach(own)
         order = sorted(far, key=lambda name: far[name])
         may = [name for name in order if known[name]]
@@ -74,7 +74,7 @@ class SceneIndex:
                 f"the images are like no scene in {self.folder}: the nearest is {order[0]!r}, at"
                 f" {far[order[0]]:.3f}; name one of {', '.join(self.scenes)}, or use none"
             )
-        if len(may) > 1 and far[may[0]] > CLEARLY * far[may[1]]:
+        if len(may) > 1 and far[may[0]] >= CLEARLY * far[may[1]]:
             raise AdaptError(
                 f"the images may show {may[0]!r} ({far[may[0]]:.3f} away) or {may[1]!r}"
                 f" ({far[may[1]]:.3f}): name one"

@@ -28,6 +28,7 @@ from polyadapt.docs.hooks import (
     on_page_markdown,
     section,
 )
+from polyadapt.geometry3d.cli import VERBS as GEOMETRY3D_VERBS
 from polyadapt.speech.cli import VERBS as SPEECH_VERBS
 from polyadapt.tests.law_table import CELLS, ROWS
 from polyadapt.timeseries.cli import VERBS as TIMESERIES_VERBS
@@ -45,6 +46,7 @@ SLOW = {
     "domains/vlm.md",
 }  # with Lightning
 VERBS = {
+    "geometry3d": GEOMETRY3D_VERBS,
     "speech": SPEECH_VERBS,
     "timeseries": TIMESERIES_VERBS,
     "vision": VISION_VERBS,
