@@ -14,6 +14,7 @@ from .complaints import errors_in_one_line
 from .configuration import Domain, DomainCLI, Verb
 from .errors import AdaptError
 from .run_folder import ADAPTER, refuse_to_replace, say_how_to_go_on, say_what_to_do_next
+from .training import AdaptedModule
 
 
 def run(domain: Domain, verb: str, argv: Sequence[str]) -> int:
@@ -35,12 +36,20 @@ def fit(domain: Domain, argv: Sequence[str]) -> DomainCLI:
         refuse_to_replace(cli.folder, cli.config.ckpt_path)
     if cli.trainer.is_global_zero:
         print(str(cli.model.adapters).splitlines()[0], flush=True)
+        if beside := _trained_beside(cli.model):
+            print(f"head: {beside:,} trainable", flush=True)
     try:
         train(cli)
     except KeyboardInterrupt:
         say_how_to_go_on(domain.command("fit"), cli.folder)
         raise
     return cli
+
+
+def _trained_beside(model: AdaptedModule) -> int:
+    """What is trained and in no adapter: a decoder can be many times the set."""
+    every = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return every - model.adapters.trainable_count()
 
 
 def _say_what_to_do_next(domain: Domain, trained: DomainCLI) -> None:

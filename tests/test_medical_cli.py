@@ -144,6 +144,16 @@ def test_a_resumed_run_ends_in_the_same_bits(run: Run) -> None:
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def test_a_fit_tells_what_the_head_trains_beside_the_set(run: Run) -> None:
+    save_pictures()
+    write("a.yaml", configuration(trainer__max_epochs=1))
+    ran = run("fit", "--config", "a.yaml")
+    trained = sum(
+        tensor.numel() for tensor in read_file("runs/a/adapter.safetensors").head.values()
+    )
+    assert ran.out.splitlines()[1] == f"head: {trained:,} trainable"
+
+
 @pytest.mark.usefixtures("after_training")
 def test_the_file_says_on_what_crops_and_levels_it_was_trained(run: Run) -> None:
     def said() -> list[object]:

@@ -262,6 +262,10 @@ def test_true_masks_give_scores(run: Run) -> None:
     )
     assert [rows()[0][name] for name in ("dice", "hd95", "empty")] == ["1.0", "0.0", "0"]
     assert "has no mask a in true" in run("in", "--masks=true").line()
+    save("true/a_gt.png", board() // 255 * np.uint8(3) + np.eye(48, 64, dtype=np.uint8))
+    assert "`labels` names those" in run("in", "--masks=true", "--mask-suffix=_gt").err
+    ran = run("in", "--masks=true", "--mask-suffix=_gt", "--labels", "3", "4", "--window=32")
+    assert ran.out.splitlines()[-1].startswith("dice 1, ")
 
 
 # What goes wrong

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from polyadapt.core.errors import AdaptError
 from polyadapt.tests.vision_cases import write
 from polyadapt.vision.medical.data import Case, SegmentationData
-from polyadapt.vision.which_task import is_segmentation
+from polyadapt.vision.which_task import is_segmentation, refuse_segmentation
 
 
 class OwnMasks(SegmentationData):
@@ -72,3 +73,13 @@ def test_a_configuration_of_any_other_shape_is_left_to_those_who_read_it_all() -
     for number, data in enumerate(odd):
         Path(f"{number}.yaml").write_text(yaml.safe_dump({"data": data}))
         assert not is_segmentation("fit", ["--config", f"{number}.yaml"])
+
+
+def test_commands_of_classifiers_refuse_pictures_with_masks() -> None:
+    refuse_segmentation("compare", Path("ArrayData.yaml"))
+    with pytest.raises(AdaptError) as caught:
+        refuse_segmentation("compare", Path("ChaseDB1.yaml"))
+    said = (
+        "`polyadapt vision compare` compares classifiers: ChaseDB1.yaml is of pictures with masks"
+    )
+    assert str(caught.value).startswith(said)

@@ -50,6 +50,10 @@ def main(argv: list[str]) -> int:
             raise AdaptError(f"two configurations are called {name!r}: give their files two names")
     if (asked.out / "outcomes.csv").exists():
         raise AdaptError(f"{asked.out} holds a comparison: choose another --out")
+    from .which_task import refuse_segmentation
+
+    for config in asked.configs:
+        refuse_segmentation("compare", config)
     _refuse_other_data(asked.configs)
     outcomes: list[Outcome] = []
     total = len(names) * len(asked.seeds)

@@ -60,6 +60,7 @@ def _manner(asked: argparse.Namespace, places: Places | None, about: Description
         batch=asked.batch,
         levels=levels,
         places=places,
+        labels=tuple(asked.labels),
     )
 
 
@@ -202,6 +203,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--levels", nargs=2, type=float, metavar=("LOW", "HIGH"), help=levels)
     add("--masks", type=Path, metavar="FOLDER", help="true masks: scores go into the table")
     add("--mask-suffix", default="", metavar="TEXT", help="behind NAME in the names of true masks")
+    labels = "values of true masks that count, where they mark several structures"
+    add("--labels", nargs="+", type=_whole, default=[], metavar="VALUE", help=labels)
     add("--batch", type=_positive, default=4, metavar="N", help="squares at once; default: 4")
     return parser
 

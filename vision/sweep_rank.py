@@ -20,6 +20,9 @@ MEASURED = {"val": "validation", "test": "test"}
 def main(argv: list[str]) -> int:
     """Fit every rank with every seed, print and write table and picture; finished fits are kept."""
     asked = _parser().parse_args(argv)
+    from .which_task import refuse_segmentation
+
+    refuse_segmentation("sweep-rank", asked.config)
     # The largest first: one that does not fit is refused before the others are trained.
     ranks = sorted(asked.ranks, reverse=True)
     points = [(rank, seed) for seed in asked.seeds for rank in ranks]

@@ -41,6 +41,15 @@ def is_segmentation(verb: str, words: Sequence[str]) -> bool:
     return by_data
 
 
+def refuse_segmentation(command: str, config: Path) -> None:
+    """`AdaptError` for a configuration that a command of classifiers does not take."""
+    if is_segmentation("fit", [f"--config={config}"]):
+        raise AdaptError(
+            f"`polyadapt vision {command}` compares classifiers: {config} is of pictures with"
+            " masks, which fit, validate, test and segment take"
+        )
+
+
 def _asked(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append", default=[], nargs="?")

@@ -31,7 +31,7 @@ class Manner:
 
     threshold: the probability above which a pixel is marked; window: side of sliding windows in
     native pixels, None sees each picture as a whole; batch: squares at once; levels: the window of
-    `read_picture`; places: boxes and points.
+    `read_picture`; places: boxes and points; labels: values of true masks that count.
     """
 
     threshold: float = 0.5
@@ -39,6 +39,7 @@ class Manner:
     batch: int = 4
     levels: tuple[float, float] | None = None
     places: Places | None = None
+    labels: tuple[int, ...] = ()
 
     @property
     def limit(self) -> float:
@@ -118,7 +119,9 @@ def _slices(job: Job, view: View, manner: Manner) -> Iterator[Seen]:
         raise AdaptError(f"{truth} has {_layers(truth)} slices, {job.file} {layers}")
     for layer in range(layers):
         picture = read_picture(_slice(job.file, layer), manner.levels)
-        true = None if truth is None else read_mask(_slice(truth, layer), picture)
+        true = None
+        if truth is not None:
+            true = read_mask(_slice(truth, layer), picture, manner.labels)
         names = [job.name, job.file.stem]
         prompt = manner.places.prompt(names, picture.size, view) if manner.places else None
         yield Seen(job, layer, layers, picture, prompt, true)
