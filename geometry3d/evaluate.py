@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     rows: list[Row] = []
     for recording in recordings:
         numbers, _ = divided(len(recording), min(views, len(recording)), 0)
-        truth = _on(recording.load(numbers, size)[0], asked.device)
+        truth = recording.load(numbers, size)[0].to(asked.device)
         known, focals = _focals(backbone, truth, recording.name, asked.known_focals)
         network = known.build().to(asked.device).eval()
         if asked.set is not None:
@@ -87,17 +87,6 @@ def _backbone(asked: argparse.Namespace) -> tuple[Backbone, tuple[int, int]]:
         return scene.backbone, scene.size
     backbone = backbone_of(asked.backbone, focal=1.0)  # the recording knows the true one
     return backbone, size_for(backbone, asked.size)
-
-
-def _on(truth: Reconstruction, device: str) -> Reconstruction:
-    return Reconstruction(
-        truth.poses.to(device),
-        truth.focals.to(device),
-        truth.depths.to(device),
-        truth.weights.to(device),
-        truth.images.to(device),
-        truth.names,
-    )
 
 
 def _focals(

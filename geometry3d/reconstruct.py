@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         progress=lambda done, of, _: tell("sweeps of alignment", done, of),
     )
     tell.clear()
-    scene = alignment.reconstruction(views.images, views.pictures.names)
+    scene = alignment.reconstruction(views.images, views.pictures.names).to("cpu")
     with whole_folder(asked.out) as folder:
         points = write_all(scene, folder, views.pictures.parts, asked.above, asked.points)
     print(f"{len(scene)} views, {points:,} points: {asked.out / 'view.html'} shows them")

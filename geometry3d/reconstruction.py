@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 from ..core.errors import AdaptError
@@ -69,6 +70,17 @@ class Reconstruction:
     def shown(self) -> Tensor:
         """[n, h, w] bool: measured, finite and of a weight above 0."""
         return self.depths.isfinite() & (self.depths > 0) & (self.weights > 0)
+
+    def to(self, device: torch.device | str) -> Reconstruction:
+        """The same on another device."""
+        return Reconstruction(
+            self.poses.to(device),
+            self.focals.to(device),
+            self.depths.to(device),
+            self.weights.to(device),
+            self.images.to(device),
+            self.names,
+        )
 
     def of_views(self, views: Sequence[int]) -> Reconstruction:
         """The same world with some of its views, in the order asked."""
