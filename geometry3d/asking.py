@@ -85,22 +85,34 @@ def known_focals(
 
 def backbone_of(word: str, focal: float | None) -> Backbone:
     """The backbone that a word of the command line names; see `add_network`."""
-    if word == "small":
-        if focal is None:
-            raise AdaptError(
-                "--backbone small needs --focal, the focal length in pixels of the images"
-            )
-        return SmallPointmaps()
     if word == "random":
         return RandomDust3r()
     if word.startswith("{"):
         return Backbone.from_json(_parsed(word))
-    if not Path(word).is_file():
+    own = word != "small"
+    if own and not Path(word).is_file():
         raise AdaptError(
-            f"--backbone {word!r} is no file: a DUSt3R checkpoint, `small`, `random` (to try things"
-            " out) or settings as JSON are allowed"
+            f"--backbone {word!r} is no file: a DUSt3R checkpoint, a file of pretrain-small,"
+            " `small`, `random` (to try things out) or settings as JSON are allowed"
         )
-    return Dust3rCheckpoint(file=word)
+    if own and not _of_small(Path(word)):
+        return Dust3rCheckpoint(file=word)
+    if focal is None:
+        raise AdaptError(
+            f"--backbone {word} needs --focal, the focal length in pixels of the images"
+        )
+    return SmallPointmaps(file=word if own else None)
+
+
+def _of_small(file: Path) -> bool:
+    """Whether `pretrain-small` wrote the file: it says so."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            return "pretraining" in (opened.metadata() or {})
+    except (OSError, SafetensorError):
+        return False  # what it is, its own reader finds out
 
 
 def _parsed(text: str) -> object:
@@ -136,7 +148,8 @@ def graph_of(kind: str, reach: int | None) -> Graph:
 def add_network(parser: argparse.ArgumentParser, required: bool, focal: bool = True) -> None:
     """Options for a network, and for how images become its views."""
     add = parser.add_argument
-    about = "a DUSt3R checkpoint, `small`, `random` (to try things out), or settings as JSON"
+    about = "a DUSt3R checkpoint, weights of pretrain-small, `small`, `random` (to try things out),"
+    about += " or settings as JSON"
     add("--backbone", required=required, metavar="WORD", help=about)
     about = "of the views, such as 512x384; default: what the backbone was trained on"
     add("--size", type=_size, metavar="WxH", help=about)

@@ -20,7 +20,7 @@ class Backbone(core.Backbone):
     """A frozen pointmap network on the CPU, in eval mode.
 
     >>> Backbone.from_json(SmallPointmaps(focal=50.0).to_json())
-    SmallPointmaps(focal=50.0, pretrained=True, seed=0)
+    SmallPointmaps(focal=50.0, pretrained=True, file=None, seed=0)
     """
 
     default_sites: ClassVar[tuple[str, ...]]
@@ -98,7 +98,8 @@ class RandomDust3r(Backbone):
 class SmallPointmaps(Backbone):
     """The small network whose weights lie in this repository: 64 x 48 pixels, focal length known.
 
-    `focal` in pixels of those images. `pretrained=False` draws random weights from `seed`.
+    `focal` in pixels of those images. `file`: weights that `pretrain-small` wrote, instead of the
+    packaged ones. `pretrained=False` draws random weights from `seed`.
 
     >>> SmallPointmaps(pretrained=False, focal=50.0).build().focal
     50.0
@@ -110,8 +111,9 @@ class SmallPointmaps(Backbone):
 
     focal: float = float(WIDTH)
     pretrained: bool = True
+    file: str | None = None
     seed: int = 0
 
     def build(self) -> PointmapNetwork:
         with seeded(self.seed):
-            return small_network(self.focal, self.pretrained).eval()
+            return small_network(self.focal, self.pretrained, self.file).eval()

@@ -227,24 +227,41 @@ class SmallNetwork(PointmapNetwork):
         return Pair(points[:, 0], sure[:, 0], there, sure[:, 1])
 
 
-def small_network(focal: float = float(WIDTH), pretrained: bool = True) -> SmallNetwork:
-    """The small network, with the packaged weights or random ones.
+def small_network(
+    focal: float = float(WIDTH), pretrained: bool = True, file: str | Path | None = None
+) -> SmallNetwork:
+    """The small network, with the packaged weights, those that `pretrain-small` wrote, or random.
 
-    Raises `AdaptError` when the packaged file is missing, and for a focal length not above 0.
+    Raises `AdaptError` when a file is missing or no such weights, and for a focal length not above
+    0.
     """
-    from safetensors.torch import load_file
-
     if not 0 < focal < float("inf"):
         raise AdaptError(f"focal={focal} is not allowed: pixels, above 0")
     model = SmallNetwork(focal)
-    if pretrained:
+    if file is not None:
+        _read_weights(model, Path(file))
+    elif pretrained:
         if not WEIGHTS.is_file():
             raise AdaptError(
                 f"the small pointmap network has no weight file {WEIGHTS.name}: reinstall the"
                 " package, or make it with `polyadapt geometry3d pretrain-small`"
             )
-        model.load_state_dict(load_file(WEIGHTS))
+        _read_weights(model, WEIGHTS)
     return model
+
+
+def _read_weights(model: SmallNetwork, file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(file))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise AdaptError(
+            f"{file} does not hold weights that `polyadapt geometry3d pretrain-small` wrote:"
+            f" {first}"
+        ) from error
 
 
 def _fitted(own: Tensor, other: Tensor, matches: Matches) -> Pose:

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from polyadapt.core import cli
 from polyadapt.geometry3d import calibrate as verb
 from polyadapt.geometry3d import telling
+from polyadapt.geometry3d.asking import backbone_of
 from polyadapt.geometry3d.scene_file import read_scene
+from polyadapt.geometry3d.small import SmallNetwork
 from polyadapt.tests.calibration_cases import FOCAL, HEIGHT, VIEWS, WIDTH, WORD, drawn, hills
 from polyadapt.tests.scene_files import write_replica
 
@@ -277,6 +280,22 @@ def test_words_that_do_not_suit_are_one_line(
     line = _refused(polyadapt("reconstruct", images, "--out", tmp_path / "found", *words))
     assert complaint in line
     assert not (tmp_path / "found").exists()
+
+
+def test_weights_of_ones_own_small_network_are_known_by_what_they_say(
+    images: Path, tmp_path: Path, polyadapt: Run
+) -> None:
+    file = tmp_path / "mine.safetensors"
+    state = SmallNetwork().state_dict()
+    save_file(state, file, {"pretraining": "{}"})
+    built = backbone_of(str(file), focal=50.0).build().state_dict()
+    assert all(torch.equal(built[name], value) for name, value in state.items())
+    words = ("--backbone", file, "--out", tmp_path / "found")
+    assert "mine.safetensors needs --focal" in _refused(polyadapt("reconstruct", images, *words))
+    state.pop("sharpness")
+    save_file(state, file, {"pretraining": "{}"})
+    line = _refused(polyadapt("reconstruct", images, *words, "--focal", 50))
+    assert "does not hold weights that `polyadapt geometry3d pretrain-small` wrote" in line
 
 
 def test_a_place_that_is_taken_is_refused_before_anything_is_computed(
