@@ -3,8 +3,8 @@
 Measured on one core: the small network (random weights) asked about all ordered pairs, the robust
 alignment of an oracle's answers about a generated room (its start, and a sweep), and a step of
 training on a pair in both orders. Seconds are the process's CPU time on one thread, so that a busy
-machine counts for less. Each row is a process of its own; memory is by how much the largest
-resident size rose above what was held before, 0 where the stage found room in that.
+machine counts for less. Each row is a process of its own; memory is the most that a stage held
+resident beyond what was held before it (Linux).
 
 Counted, not run: the floating-point operations and kept activations of DUSt3R's published size at
 512x384, on tensors that have no numbers, with LoRA of rank 16 on its default sites. Times derived
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ from polyadapt.geometry3d.scenes.rooms import room
 HEIGHT, WIDTH = 384, 512
 RATES = (10, 20, 35.6)  # TFLOP/s; the last one is the data sheet's of an RTX 3090 in fp32
 STEPS_TIMED = 4
+PROCESS = Path("/proc/self")
 
 
 # Measured
@@ -78,21 +79,23 @@ def cell(views: int, width: int, sweeps: int) -> dict[str, float]:
 
 
 class Stage:
-    """CPU seconds since it began, and by how much the largest resident size rose."""
+    """CPU seconds since it began, and the most that was held beyond what was held then."""
 
     def __init__(self) -> None:
-        self.began, self.held = time.process_time(), _largest_mib()
+        PROCESS.joinpath("clear_refs").write_text("5")  # forgets the peak so far
+        self.began, self.held = time.process_time(), _mib("VmRSS")
 
     def ended(self, name: str) -> dict[str, float]:
         """Under the stage's name."""
         return {
             name: time.process_time() - self.began,
-            f"{name} MiB": _largest_mib() - self.held,
+            f"{name} MiB": _mib("VmHWM") - self.held,
         }
 
 
-def _largest_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _mib(what: str) -> float:
+    lines = PROCESS.joinpath("status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
 
 
 def _step_seconds(network: Any, images: Tensor, labels: Labels, edges: Tensor) -> float:
@@ -128,7 +131,7 @@ def row(views: int, width: int, found: dict[str, float]) -> str:
         f"{found['pairs']:.0f}",
         f"{found['asking']:.1f} / {found['asking MiB']:.0f}",
         f"{found['start']:.2f}",
-        f"{1e3 * found['sweep']:.0f} / {found['aligning MiB'] + found['start MiB']:.0f}",
+        f"{1e3 * found['sweep']:.0f} / {found['aligning MiB']:.0f}",
         f"{1e3 * found['step']:.0f} / {found['training MiB']:.0f}",
         str(steps),
         f"{whole / 60:.1f}",
@@ -248,11 +251,12 @@ def extrapolated(found: dict[str, float], width: int, views: int = 10) -> str:
     points = 2 * found["pairs"] * width * (width * 3 // 4)
     wanted = 2 * views * (views - 1) * HEIGHT * WIDTH
     seconds = STEPS * found["sweep"] * wanted / points
-    memory = (found["start MiB"] + found["aligning MiB"]) * wanted / points / 1024
+    memory = found["aligning MiB"] * wanted / points / 1024
     return (
         f"Alignment of {views} views of {WIDTH}x{HEIGHT}, extrapolated from {width} pixels by the"
         f" number of points ({wanted / 1e6:.1f} million against {points / 1e6:.2f}):"
-        f" {seconds / 60:.0f} min on one core here for {STEPS} sweeps, {memory:.0f} GiB."
+        f" {seconds / 60:.0f} min on one core here for {STEPS} sweeps, {memory:.1f} GiB"
+        f" besides the answers' {wanted * 16 / 2**30:.1f}."
     )
 
 

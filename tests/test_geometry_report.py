@@ -148,8 +148,8 @@ def test_estimates_multiply_counts_by_steps() -> None:
     text = estimate(Count(2 * 10**12, 6 * 10**12, 2**30, 10**6, 2**30))
     assert "| asking about 90 pairs | 0.09 | 0.1 min |" in text
     assert "| 450 steps (none held out, as the paper) | 2.70 | 4.5 min | 2.2 min |" in text
-    one = {"pairs": 90.0, "sweep": 0.06, "start MiB": 0.0, "aligning MiB": 16.0}
+    one = {"pairs": 90.0, "sweep": 0.06, "aligning MiB": 16.0}
     assert (
-        "(35.4 million against 0.55): 6 min on one core here for 100 sweeps, 1 GiB"
+        "(35.4 million against 0.55): 6 min on one core here for 100 sweeps, 1.0 GiB"
         in extrapolated(one, 64)
     )
