@@ -22,6 +22,7 @@ from torch import Generator, Tensor, nn
 from ..core.cli import OneLineParser
 from ..core.container import write_atomically
 from ..core.errors import AdaptError
+from ..core.threads import on_threads
 from .loss import distances
 from .matching import (
     Truth,
@@ -84,7 +85,13 @@ def pretrain(
     """
     if not out.parent.is_dir():
         raise AdaptError(f"cannot write {out}: the folder {out.parent} does not exist")
-    torch.set_num_threads(plan.threads)
+    with on_threads(plan.threads):
+        return _pretrain(out, plan, stop_after, save_every, measure_every)
+
+
+def _pretrain(
+    out: Path, plan: Plan, stop_after: float | None, save_every: float, measure_every: int
+) -> bool:
     run = _Run(plan)
     state = out.with_name(out.name + ".state")
     if state.exists():

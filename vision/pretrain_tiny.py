@@ -6,8 +6,7 @@ One core, minutes, the same bits for the same seed, number of threads and librar
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from torch import Generator, Tensor, nn
 from ..core.cli import OneLineParser
 from ..core.container import write_atomically
 from ..core.errors import AdaptError
+from ..core.threads import on_threads
 from .glyphs import CLASSES, HELD_OUT_FONTS, TRAINING_FONTS, Glyphs
 from .tiny_vit import DATA_CONFIG, PRETRAINING_HEAD, tiny_vit
 
@@ -55,7 +55,7 @@ def pretrain(out: Path, seed: int = 0, steps: int = STEPS, threads: int = 1) -> 
     if not out.parent.is_dir():
         raise AdaptError(f"cannot write {out}: the folder {out.parent} does not exist")
     glyphs = Glyphs(TRAINING_FONTS)
-    with torch.random.fork_rng(devices=[]), _on_threads(threads):
+    with torch.random.fork_rng(devices=[]), on_threads(threads):
         torch.manual_seed(seed)
         model = tiny_vit(pretrained=False)
         head = nn.Linear(model.num_features, len(CLASSES))
@@ -87,17 +87,6 @@ def accuracy(model: nn.Module, glyphs: Glyphs, seed: int) -> float:
     """The share of freshly distorted letters that the model names right."""
     images, labels = glyphs.sample(_EVALUATED, Generator().manual_seed(seed))
     return float((model(normalised(images)).argmax(1) == labels).double().mean())
-
-
-@contextmanager
-def _on_threads(threads: int) -> Iterator[None]:
-    """The order of a sum depends on the number of threads; the caller gets its own back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _train(model: nn.Module, glyphs: Glyphs, steps: int, seed: int) -> None:

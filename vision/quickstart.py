@@ -34,6 +34,7 @@ from ..core.container import write_atomically
 from ..core.errors import AdaptError
 from ..core.order import epoch_loader
 from ..core.recipe import Recipe
+from ..core.threads import on_threads
 from .backbones import TinyViT
 from .digits import Digits, digits
 from .fixed_features import LinearHead, logistic_regression, pixel_svm_accuracy
@@ -108,10 +109,10 @@ def main(argv: Sequence[str] = ()) -> int:
 
 def compare(variant: str, seed: int, out: str) -> list[Result]:
     """All methods on one split, on one thread; adapter files are written to `out`."""
-    torch.set_num_threads(1)
-    train, test = digits(seed, inverted=variant == "inverted")
-    split = _Split(variant, seed, Path(out), train, test)
-    return list(split.results())
+    with on_threads(1):
+        train, test = digits(seed, inverted=variant == "inverted")
+        split = _Split(variant, seed, Path(out), train, test)
+        return list(split.results())
 
 
 @dataclass(frozen=True)

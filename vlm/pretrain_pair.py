@@ -24,6 +24,7 @@ from ..core.errors import AdaptError
 from ..core.images.preprocessing import Preprocessing
 from ..core.images.sources import Source, Sources, read_arrays
 from ..core.images.subsets import few_per_class
+from ..core.threads import on_threads
 from .offline import IMAGE_PROJECTION, SCALE, TEXT_PROJECTION, WIDTH
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; prints which images are used, progress and the accuracy."""
     asked = _parser().parse_args(argv)
     classes = asked.classes.split(",") if asked.classes else None
-    torch.set_num_threads(asked.threads)
-    pretrain_pair(asked.data, asked.out, classes, asked.per_class, asked.seed, asked.steps)
+    with on_threads(asked.threads):
+        pretrain_pair(asked.data, asked.out, classes, asked.per_class, asked.seed, asked.steps)
     print(f"written: {asked.out}")
     return 0
 
