@@ -1,18 +1,24 @@
 """Operands of the kernels, buffers with guards around them, and how close a result must be.
 
-Kernels run in two processes of their own (`kernel_interpreted.py`, `kernel_compiled.py`, started by
+Kernels run in processes of their own (`kernel_interpreted*.py`, `kernel_compiled*.py`, started by
 `test_kernels_processes.py`): Triton reads the variable that chooses its interpreter when it is
 imported, and compiles nothing in such a process.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from polyadapt.core import kernels
+
+KERNELS = Path(kernels.__path__[0])
 GUARD = 64  # numbers before and behind a guarded tensor
 UNTOUCHED = 7.0  # of an output; a kernel that reads NaN behind its operands would write NaN
 # Of the largest number: fp32 by the rounding of a few operations; the others by one unit of their
@@ -44,6 +50,20 @@ def guarding_outputs(patch: Callable[..., Any], module: Any) -> list[Tensor]:
 
     patch(module.torch, "empty_like", empty_like)
     return made
+
+
+def mutant(name: str, old: str, new: str, folder: Path) -> ModuleType:
+    """A module of kernels with one piece of its text replaced."""
+    text = (KERNELS / f"{name}.py").read_text()
+    assert old in text
+    path = folder / f"{name}_mutant.py"
+    path.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def assert_close(found: Tensor, wanted: Tensor) -> None:

@@ -5,7 +5,6 @@ The interpreter knows no races, no alignment and no TF32; bf16 results are cut, 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
@@ -28,9 +27,9 @@ from polyadapt.tests.kernel_cases import (
     guarded,
     guarding_outputs,
     guards_are_whole,
+    mutant,
 )
 
-FOLDER = Path(dora_compose_triton.__file__).parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Smaller than a tile, one more than a tile, a single number; 33 rows are two programs backward.
 SHAPES = [(3, 5), (2, 17, 257), (1, 1), (33, 40)]
@@ -120,20 +119,6 @@ def test_hadamard_of_a_unit_vector_is_a_column_of_the_dense_matrix() -> None:
     torch.testing.assert_close(found.double(), dense[:, [37, 191]].t(), rtol=0, atol=1e-5)
 
 
-def _mutant(name: str, old: str, new: str, folder: Path) -> ModuleType:
-    """The module of the kernels with one piece of its text replaced."""
-    text = (FOLDER / f"{name}.py").read_text()
-    assert old in text
-    path = folder / f"{name}_mutant.py"
-    path.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -144,7 +129,7 @@ def _mutant(name: str, old: str, new: str, folder: Path) -> ModuleType:
     ids=["scale", "gain", "bias"],
 )
 def test_a_wrong_compose_is_noticed(old: str, new: str, tmp_path: Path) -> None:
-    wrong = _mutant("dora_compose_triton", old, new, tmp_path)
+    wrong = mutant("dora_compose_triton", old, new, tmp_path)
     with pytest.raises(AssertionError):
         compose_forward(wrong, (3, 5), torch.float32, True, True)
 
@@ -152,7 +137,7 @@ def test_a_wrong_compose_is_noticed(old: str, new: str, tmp_path: Path) -> None:
 def test_a_compose_that_leaves_its_buffers_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = _mutant("dora_compose_triton", "row < rows", "row < rows + 1", tmp_path)
+    wrong = mutant("dora_compose_triton", "row < rows", "row < rows + 1", tmp_path)
     made = guarding_outputs(monkeypatch.setattr, wrong)
     compose_forward(wrong, (3, 5), torch.float32, True, True)
     assert not guards_are_whole(made[0])
@@ -167,7 +152,7 @@ def test_a_compose_that_leaves_its_buffers_is_noticed(
     ids=["scale", "sign"],
 )
 def test_a_wrong_hadamard_is_noticed(old: str, new: str, tmp_path: Path) -> None:
-    wrong = _mutant("hadamard_triton", old, new, tmp_path)
+    wrong = mutant("hadamard_triton", old, new, tmp_path)
     x = gradient_case((2, 64), torch.float32)
     with pytest.raises(AssertionError):
         assert_close(wrong.forward(x, torch.ones(1, 1)), hadamard.reference(x, False))

@@ -27,11 +27,17 @@ def _run(name: str, **variables: str) -> None:
     assert "skipped" not in ran.stdout
 
 
-@pytest.mark.slow
-def test_the_interpreted_kernels_are_the_references(tmp_path: Path) -> None:
-    _run("kernel_interpreted.py", TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path))
+def _named(pattern: str) -> list[str]:
+    return sorted(path.name for path in HERE.glob(pattern))
 
 
 @pytest.mark.slow
-def test_the_kernels_compile_for_five_gpus(tmp_path: Path) -> None:
-    _run("kernel_compiled.py", TRITON_CACHE_DIR=str(tmp_path))
+@pytest.mark.parametrize("name", _named("kernel_interpreted*.py"))
+def test_the_interpreted_kernels_are_the_references(name: str, tmp_path: Path) -> None:
+    _run(name, TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _named("kernel_compiled*.py"))
+def test_the_kernels_compile_for_five_gpus(name: str, tmp_path: Path) -> None:
+    _run(name, TRITON_CACHE_DIR=str(tmp_path))
