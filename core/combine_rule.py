@@ -10,9 +10,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .adapters.lora import without_autocast
 from .errors import AdaptError
 from .low_rank import Lost, Update, best_of_rank, dare, exact_sum, own_generator, recompressed, ties
+from .precision import without_autocast
 from .recipe import require, require_rank
 from .sites import Site
 

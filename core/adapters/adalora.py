@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ..errors import AdaptError
+from ..precision import widened, without_autocast
 from ..recipe import (
     Adapter,
     Recipe,
@@ -27,7 +28,7 @@ from ..recipe import (
     steps_of,
 )
 from ..sites import Site
-from .lora import Pair, PairAdapter, require_matrix, widened, with_branch, without_autocast
+from .lora import Pair, PairAdapter, require_matrix, with_branch
 
 if TYPE_CHECKING:
     from ..layers import FrozenLayer

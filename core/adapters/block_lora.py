@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ..errors import AdaptError
+from ..precision import widened
 from ..recipe import Adapter, LowRank, require, require_finite
-from .lora import LoRA, Pair, PairAdapter, Scaling, widened, with_branch
+from .lora import LoRA, Pair, PairAdapter, Scaling, with_branch
 
 if TYPE_CHECKING:
     from ..layers import FrozenLayer

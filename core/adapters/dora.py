@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 from ..kernels.dispatch import runs_kernel
 from ..kernels.dora_compose import dora_compose
 from ..layers import linear
+from ..precision import widened, without_autocast
 from ..recipe import Adapter, Branch
-from .lora import LoRA, Pair, PairAdapter, widened, without_autocast
+from .lora import LoRA, Pair, PairAdapter
 
 if TYPE_CHECKING:
     from ..layers import FrozenLayer

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args
 
@@ -19,6 +18,7 @@ from torch import Generator, Tensor, nn
 
 from ..errors import AdaptError
 from ..patterns import parse
+from ..precision import widened
 from ..recipe import Adapter, Recipe, decay_groups, require, require_finite, require_rank
 
 if TYPE_CHECKING:
@@ -85,19 +85,6 @@ def with_branch(
     dtype = x.dtype if x.is_floating_point() else y.dtype
     branch = layer.up(layer.down(x, a.to(dtype)), b.to(dtype))
     return torch.add(y, branch, alpha=scale).to(y.dtype)
-
-
-def widened(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """W + s B A in the wider dtype of W and the factors, whatever autocast says."""
-    dtype = torch.promote_types(w.dtype, a.dtype)
-    with without_autocast(w):
-        return torch.addmm(w.to(dtype), b.to(dtype), a.to(dtype), alpha=scale)
-
-
-def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
-    """Compute in the dtypes that are there (the meta device has no autocast to switch off)."""
-    device = t.device.type
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,10 @@ from torch import Generator, Tensor, nn
 from ..banks import bank_of
 from ..errors import AdaptError
 from ..optim.proximal import sparse_group
+from ..precision import widened
 from ..recipe import Adapter, Recipe, require, require_duration, require_finite, require_rank
 from .adalora import INIT_STD, gram_error
-from .lora import require_matrix, widened, with_branch
+from .lora import require_matrix, with_branch
 
 if TYPE_CHECKING:
     from ..layers import FrozenLayer

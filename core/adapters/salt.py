@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 
 from ..errors import AdaptError
 from ..patterns import parse
+from ..precision import widened, without_autocast
 from ..recipe import Adapter, Recipe, require, require_finite, require_rank
 from ..spectral import Spectrum, check_marks, spectrum_at
 from .lora import (
@@ -26,9 +27,7 @@ from .lora import (
     check_fitting,
     fitted,
     require_matrix,
-    widened,
     with_branch,
-    without_autocast,
 )
 
 if TYPE_CHECKING:
