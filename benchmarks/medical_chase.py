@@ -2,20 +2,22 @@
 
 Every SAM method trains the same parts of the decoder, a class token and, but for the decoder alone,
 what it adapts of the encoder, for the same number of steps; the last state is tested once, at the
-pictures' own size. Learning rates were chosen beforehand and not tuned. The U-Net is limited by CPU
-seconds instead: 300, or in the steps with SAM methods what SALT took. The steps are
+pictures' own size. The U-Net is limited by CPU seconds instead: 300, or in the steps with SAM
+methods what SALT took. The steps are
 
   unet       the U-Net in 300 CPU seconds; the gate: Dice above 0.65
   decoder    the decoder alone at 256 px, on embeddings that are computed once
   quick      SALT and LoRA of equal size, the decoder alone and the U-Net; 128 px, attention of
-             the last stage, the states before it computed once; one seed
+             the last stage, the states before it computed once; three seeds
   report     all methods at 256 px, three seeds, varied pictures: hours, see --estimate
 
 Run: python benchmarks/medical_chase.py chasedb1.zip --out FOLDER [--steps unet,decoder,quick]
-  [--epochs N] [--vessels]; with --estimate each step's CPU time of training is told by one picture
-per method, and nothing is trained. --vessels takes generated vessels instead of the data. What is
-finished is not run again. Predictions lie beside each run, those of the first test picture also in
-FOLDER/predictions.png: green is right, blue was missed, orange is false.
+  [--methods SALT,U-Net] [--seeds 0,1] [--epochs N] [--vessels]; with --estimate each step's CPU
+time of training is told by one picture per method, and nothing is trained. What is finished is not
+run again, so a step may be run in parts; its table is of all that lies in FOLDER. --rates tries the
+learning rates of `medical_rates` in the quick step's setting, whose best are `RATES`. --vessels
+takes generated vessels instead of the data. Predictions lie beside each run, those of the first
+test picture also in FOLDER/predictions.png: green is right, blue was missed, orange is false.
 """
 
 from __future__ import annotations
@@ -39,10 +41,11 @@ from polyadapt.benchmarks.medical_methods import (
     run_unet,
     sam_task,
 )
+from polyadapt.benchmarks.medical_rates import rates_table, tried
 from polyadapt.benchmarks.medical_records import (
     Record,
     against,
-    by_picture,
+    by_seed,
     interval,
     shown,
     table,
@@ -82,6 +85,7 @@ STEPS: Mapping[str, Step] = {
             size=128, at=f"{_LAST}.*.attn.{{qkv,proj}}", blocks=(_LAST,), epochs=10, keep="memory"
         ),
         ("decoder", "SALT", "LoRA equal"),
+        (0, 1, 2),
         unet="SALT",
     ),
     "report": Step(_WHOLE, SAM_METHODS, (0, 1, 2), "SALT", "turns"),
@@ -105,26 +109,41 @@ def data_of(path: Path | None, step: Step, seed: int) -> SegmentationData:
 
 
 def run(name: str, step: Step, path: Path | None, out: Path) -> list[Record]:
-    """A step; what was found before is taken as it is."""
+    """A step; what was found before is taken as it is. All records of the step there are."""
     print(f"\n## Step {name}\n", flush=True)
-    found: list[Record] = []
     for seed in step.seeds:
         data = data_of(path, step, seed)
         for method in step.methods:
-            folder = out / f"{name}-{method.replace(' ', '-')}-seed{seed}"
-            found.append(kept(folder, partial(run_sam, method, step.setting, data, seed)))
+            folder = folder_of(out, name, method, seed)
+            kept(folder, partial(run_sam, method, step.setting, data, seed))
         if step.unet is not None:
-            folder, seconds = out / f"{name}-U-Net-seed{seed}", _seconds(step, found)
-            found.append(kept(folder, partial(run_unet, PatchUNet(), data, seed, seconds)))
+            folder = folder_of(out, name, "U-Net", seed)
+            seconds = _seconds(step.unet, folder_of(out, name, "SALT", seed))
+            kept(folder, partial(run_unet, PatchUNet(), data, seed, seconds))
+    found = records_of(name, out)
     print(perfect(step, path))
     print(table(found), flush=True)
     return found
 
 
-def _seconds(step: Step, found: Sequence[Record]) -> float:
-    if not isinstance(step.unet, str):
-        return step.unet or 0.0
-    return [r.cpu_seconds for r in found if r.method == step.unet][-1]
+def folder_of(out: Path, step: str, method: str, seed: int) -> Path:
+    return out / f"{step}-{method.replace(' ', '-')}-seed{seed}"
+
+
+def records_of(name: str, out: Path) -> list[Record]:
+    """What has been run of a step, method by method."""
+    found = [Record.load(file) for file in sorted(out.glob(f"{name}-*-seed*/record.json"))]
+    order = (*SAM_METHODS, "U-Net")
+    return sorted(found, key=lambda record: (order.index(record.method), record.seed))
+
+
+def _seconds(limit: float | str, before: Path) -> float:
+    """The U-Net's CPU seconds: given, or those of the run in the folder."""
+    if not isinstance(limit, str):
+        return limit
+    if not (before / "record.json").exists():
+        raise SystemExit(f"the U-Net has {limit}'s CPU seconds, and {before.name} is not there")
+    return Record.load(before / "record.json").cpu_seconds
 
 
 def kept(folder: Path, make: partial[Record]) -> Record:
@@ -145,7 +164,7 @@ def perfect(step: Step, path: Path | None) -> str:
     for whole, words in ((False, "shares of pixels"), (True, "whole pixels")):
         scores = [ceiling(mask, view, whole) for mask in masks]
         cells = [
-            f"{word} {interval(np.array([getattr(s, key) for s in scores]))}"
+            f"{word} {interval(np.array([[getattr(s, key) for s in scores]]))}"
             for word, key in (("Dice", "dice"), ("clDice", "cldice"), ("HD95", "hd95"))
         ]
         rows.append(f"a perfect answer at {step.setting.size} px, {words}: {', '.join(cells)}\n")
@@ -184,7 +203,7 @@ def verdicts(found: Mapping[str, Sequence[Record]]) -> list[str]:
     lines = []
     for name, records in found.items():
         if name == "unet":
-            dice = float(by_picture(records, "dice").mean())
+            dice = float(by_seed(records, "dice").mean())
             met = "met" if dice > GATE else "NOT met"
             lines.append(f"gate: U-Net's Dice {dice:.3f}, above {GATE}: {met}")
         if {"SALT", "LoRA equal"} <= {r.method for r in records}:
@@ -198,27 +217,58 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # Lightning's advice on workers and intervals
     path = None if asked.vessels else asked.data
-    steps = {name: STEPS[name] for name in asked.steps}
-    if asked.epochs is not None:
-        steps = {
-            n: replace(s, setting=replace(s.setting, epochs=asked.epochs)) for n, s in steps.items()
-        }
-    if asked.estimate:
+    steps = {name: of_step(STEPS[name], asked) for name in asked.steps}
+    if asked.rates:
+        step = of_step(STEPS["quick"], asked)
+        data, methods = data_of(path, step, 0), asked.methods or SAM_METHODS
+        out, sams = asked.out / "rates", [m for m in methods if m in SAM_METHODS]
+        print(rates_table({m: tried(m, step.setting, data, out) for m in sams}))
+    elif asked.estimate:
         for name, step in steps.items():
             print(f"step {name}: {estimate(step, path) / 60:.1f} CPU minutes", flush=True)
     else:
-        found = {name: run(name, step, path, asked.out) for name, step in steps.items()}
-        print("\n".join(["", *verdicts(found)]))
-        done = [f for f in sorted(asked.out.glob("*-seed0")) if (f / "record.json").exists()]
-        shown(done, asked.out / "predictions.png")
+        report(steps, path, asked.out)
     print(f"\n{machine('monai', 'timm', 'transformers', 'lightning')}")
 
 
-def _names(text: str) -> list[str]:
+def of_step(step: Step, asked: argparse.Namespace) -> Step:
+    """A step with the epochs, methods and seeds that were asked for."""
+    if asked.epochs is not None:
+        step = replace(step, setting=replace(step.setting, epochs=asked.epochs))
+    if asked.seeds is not None:
+        step = replace(step, seeds=asked.seeds)
+    if asked.methods is None:
+        return step
+    unet = step.unet if "U-Net" in asked.methods else None
+    return replace(step, methods=[m for m in step.methods if m in asked.methods], unet=unet)
+
+
+def report(steps: Mapping[str, Step], path: Path | None, out: Path) -> None:
+    """Run steps, tell the gate and the differences, draw the predictions."""
+    found = {name: run(name, step, path, out) for name, step in steps.items()}
+    print("\n".join(["", *verdicts(found)]))
+    done = [file.parent for file in sorted(out.glob("*-seed0/record.json"))]
+    if done:
+        shown(done, out / "predictions.png")
+
+
+def _names(text: str, allowed: Sequence[str]) -> list[str]:
     names = text.split(",")
-    if unknown := [name for name in names if name not in STEPS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(STEPS)}")
+    if unknown := [name for name in names if name not in allowed]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(allowed)}")
     return names
+
+
+def _steps(text: str) -> list[str]:
+    return _names(text, list(STEPS))
+
+
+def _methods(text: str) -> list[str]:
+    return _names(text, (*SAM_METHODS, "U-Net"))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -226,10 +276,15 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("data", type=Path, nargs="?", help="CHASE_DB1: a folder or a .zip")
     add("--out", type=Path, default=Path("chase"), metavar="FOLDER", help="of runs and pictures")
-    add("--steps", type=_names, default=["unet", "decoder", "quick"], help=f"of {','.join(STEPS)}")
+    add("--steps", type=_steps, default=["unet", "decoder", "quick"], help=f"of {','.join(STEPS)}")
+    add(
+        "--methods", type=_methods, help=f"these of a step's alone: {', '.join(SAM_METHODS)}, U-Net"
+    )
+    add("--seeds", type=_numbers, help="instead of the steps' own: 0,1,2")
     add("--epochs", type=int, help="instead of the steps' own")
     add("--vessels", action="store_true", help="generated vessels instead of the data")
     add("--estimate", action="store_true", help="tell how long the steps take, run nothing")
+    add("--rates", action="store_true", help="try learning rates, run nothing else")
     return parser
 
 

@@ -28,6 +28,7 @@ class Record:
 
     method: str
     seed: int
+    rate: float
     adapters: int
     trained: int
     stored: int
@@ -91,47 +92,49 @@ def shown(folders: Sequence[Path], file: Path) -> None:
 # Tables
 
 
-def by_picture(records: Sequence[Record], name: str) -> Values:
-    """A score's means over seeds [pictures], in the order of the names."""
+def by_seed(records: Sequence[Record], name: str) -> Values:
+    """A score [seeds, pictures]: a row per record, pictures in the order of their names."""
     names = sorted(records[0].pictures)
-    found: Values = np.array([[r.pictures[n][name] for n in names] for r in records])
-    means: Values = found.mean(0)
-    return means
+    return np.array([[r.pictures[n][name] for n in names] for r in records])
 
 
 def interval(values: Values, draws: int = 10_000) -> str:
-    """The mean over pictures, and where 95 % of the means of redrawn pictures lie.
+    """The mean of [seeds, pictures], and where 95 % of the means lie when both are redrawn.
 
-    >>> interval(np.array([0.5, 0.5, 0.5]))
+    Pictures alone, where there is one seed. Of three seeds redrawing tells little.
+
+    >>> interval(np.array([[0.5, 0.5, 0.5]]))
     '0.500 (0.500 to 0.500)'
     """
-    chosen = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    low, high = np.percentile(values[chosen].mean(1), [2.5, 97.5])
+    draw = np.random.default_rng(0)
+    rows, columns = (draw.integers(n, size=(draws, n)) for n in values.shape)
+    means = values[rows[:, :, None], columns[:, None, :]].mean((1, 2))
+    low, high = np.percentile(means, [2.5, 97.5])
     return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
 
 
 def table(records: Sequence[Record]) -> str:
-    """One row per method, in the order of their first record; seeds are averaged per picture."""
-    head = ("method", "adapters", "trained", "stored bytes", "seeds", "CPU s", "loss", "Dice")
-    lines = [" | ".join(("", *head, "clDice", "HD95", "")).strip(), "| --- " * 10 + "|"]
+    """One row per method, in the order of their first record."""
+    head = ("method", "rate", "adapters", "trained", "stored bytes", "seeds", "CPU s", "loss")
+    lines = [" | ".join(("", *head, "Dice", "clDice", "HD95", "")).strip(), "| --- " * 11 + "|"]
     for method in dict.fromkeys(r.method for r in records):
         of = [r for r in records if r.method == method]
         first, seconds = of[0], statistics.mean(r.cpu_seconds for r in of)
         falls = statistics.mean(r.first_loss for r in of), statistics.mean(r.last_loss for r in of)
-        cells = [method, f"{first.adapters:,}", f"{first.trained:,}", f"{first.stored:,}"]
-        cells += [str(len(of)), f"{seconds:.0f}", f"{falls[0]:.2f} to {falls[1]:.2f}"]
-        cells += [interval(by_picture(of, name)) for name in SCORES]
+        cells = [method, f"{first.rate:g}", f"{first.adapters:,}", f"{first.trained:,}"]
+        cells += [f"{first.stored:,}", str(len(of)), f"{seconds:.0f}"]
+        cells += [f"{falls[0]:.2f} to {falls[1]:.2f}"]
+        cells += [interval(by_seed(of, name)) for name in SCORES]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def against(records: Sequence[Record], one: str, other: str) -> str:
-    """The difference of two methods, picture by picture, with its interval."""
-    pair = [[r for r in records if r.method == method] for method in (one, other)]
-    if not all(pair):
+    """The difference of two methods by seed and picture, of the seeds that both have."""
+    pair = [{r.seed: r for r in records if r.method == method} for method in (one, other)]
+    seeds = sorted(pair[0].keys() & pair[1].keys())
+    if not seeds:
         return f"{one} against {other}: not both were run"
-    parts = [
-        f"{name} {interval(by_picture(pair[0], name) - by_picture(pair[1], name))}"
-        for name in SCORES
-    ]
+    first, second = ([found[seed] for seed in seeds] for found in pair)
+    parts = [f"{name} {interval(by_seed(first, name) - by_seed(second, name))}" for name in SCORES]
     return f"{one} less {other}: {', '.join(parts)}"

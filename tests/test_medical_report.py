@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from polyadapt.benchmarks.medical_chase import verdicts
-from polyadapt.benchmarks.medical_methods import SALT_OURS, equal_rank
-from polyadapt.benchmarks.medical_records import Record, against, by_picture, measured, shown, table
+from polyadapt.benchmarks import medical_rates
+from polyadapt.benchmarks.medical_chase import STEPS, folder_of, of_step, records_of, verdicts
+from polyadapt.benchmarks.medical_methods import RATES, SALT_OURS, Setting, equal_rank
+from polyadapt.benchmarks.medical_rates import Trial, best, grid, rates_table, tried
+from polyadapt.benchmarks.medical_records import Record, against, by_seed, measured, shown, table
 from polyadapt.core import LoRA, attach
 from polyadapt.tests.medical_cases import SPARSE
 from polyadapt.vision.medical.data import GeneratedVessels
@@ -22,6 +25,7 @@ def record(method: str, seed: int, *dice: float) -> Record:
     return Record(
         method=method,
         seed=seed,
+        rate=3e-3,
         adapters=1000,
         trained=3000,
         stored=16000,
@@ -40,28 +44,99 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert Record.load(tmp_path / "record.json") == made
 
 
-def test_seeds_are_averaged_picture_by_picture_before_the_interval() -> None:
+def test_the_interval_is_over_seeds_and_pictures() -> None:
     found = [record("SALT", 0, 0.2, 0.6), record("SALT", 1, 0.4, 0.8)]
-    assert by_picture(found, "dice").tolist() == pytest.approx([0.3, 0.7])
-    # Of two pictures, a quarter of all redrawn pairs is twice the first, a quarter twice the other.
+    assert by_seed(found, "dice").tolist() == [[0.2, 0.6], [0.4, 0.8]]
+    # A quarter of all redrawn pairs of seeds is twice the first, and so with pictures: a sixteenth
+    # of the means is 0.2, another one 0.8.
     row = table(found).splitlines()[-1]
     assert row == (
-        "| SALT | 1,000 | 3,000 | 16,000 | 2 | 20 | 1.50 to 0.50 | 0.500 (0.300 to 0.700)"
+        "| SALT | 0.003 | 1,000 | 3,000 | 16,000 | 2 | 20 | 1.50 to 0.50 | 0.500 (0.200 to 0.800)"
         " | 0.500 (0.500 to 0.500) | 2.000 (2.000 to 2.000) |"
     )
     assert len({line.count("|") for line in table(found).splitlines()}) == 1
+    # Of one seed, a quarter of the pairs of pictures is twice the first.
+    assert "| 0.400 (0.200 to 0.600) |" in table(found[:1])
 
 
-def test_two_methods_are_compared_on_the_same_pictures() -> None:
+def test_two_methods_are_compared_on_the_same_seeds_and_pictures() -> None:
     found = [record("SALT", 0, 0.1, 0.9), record("LoRA equal", 0, 0.0, 0.8)]
-    assert "dice 0.100 (0.100 to 0.100)" in against(found, "SALT", "LoRA equal")
+    later = [record("SALT", 1, 0.9, 0.9)]  # LoRA has not been run with this seed
+    assert "dice 0.100 (0.100 to 0.100)" in against(found + later, "SALT", "LoRA equal")
     assert against(found[:1], "SALT", "LoRA equal").endswith("not both were run")
+    assert against(found[1:] + later, "SALT", "LoRA equal").endswith("not both were run")
+
+
+def test_a_table_is_of_all_that_was_run_of_a_step(tmp_path: Path) -> None:
+    for step, method, seed in (
+        ("report", "U-Net", 0),
+        ("report", "LoRA equal", 1),
+        ("report", "LoRA equal", 0),
+        ("quick", "SALT", 0),
+    ):
+        folder = folder_of(tmp_path, step, method, seed)
+        folder.mkdir()
+        record(method, seed, 0.5).save(folder / "record.json")
+    folder_of(tmp_path, "report", "SALT", 0).mkdir()  # was interrupted
+    found = [(r.method, r.seed) for r in records_of("report", tmp_path)]
+    assert found == [("LoRA equal", 0), ("LoRA equal", 1), ("U-Net", 0)]
+
+
+def test_a_step_may_be_run_in_parts() -> None:
+    asked = argparse.Namespace(epochs=1, methods=["SALT", "U-Net"], seeds=[2])
+    step = of_step(STEPS["report"], asked)
+    assert (step.setting.epochs, step.methods, step.seeds, step.unet) == (1, ["SALT"], [2], "SALT")
+    asked = argparse.Namespace(epochs=None, methods=["decoder"], seeds=None)
+    step = of_step(STEPS["report"], asked)
+    assert (step.setting.epochs, step.methods, step.seeds, step.unet) == (
+        20,
+        ["decoder"],
+        (0, 1, 2),
+        None,
+    )
 
 
 @pytest.mark.parametrize(("dice", "word"), [(0.7, "met"), (0.6, "NOT met")])
 def test_the_gate_of_the_u_net_is_told(dice: float, word: str) -> None:
     (line,) = verdicts({"unet": [record("U-Net", 0, dice)]})
     assert line == f"gate: U-Net's Dice {dice:.3f}, above 0.65: {word}"
+
+
+def trial(rate: float, val_dice: float) -> Trial:
+    return Trial(method="SALT", rate=rate, last_loss=0.5, val_dice=val_dice)
+
+
+def test_the_rate_is_the_one_with_the_highest_validation_dice_and_rather_low() -> None:
+    trials = [trial(1e-2, 0.3), trial(1e-3, 0.6), trial(3e-3, 0.6)]
+    assert best(trials).rate == 1e-3
+    lines = rates_table({"SALT": trials, "decoder": [trial(3e-4, 0.125)]}).splitlines()
+    assert lines[0] == "| method | 0.0003 | 0.001 | 0.003 | 0.01 |"
+    assert lines[2] == "| SALT | - | **0.600 (0.50)** | 0.600 (0.50) | 0.300 (0.50) |"
+    assert lines[3] == "| decoder | **0.125 (0.50)** | - | - | - |"
+
+
+def test_every_rate_is_one_of_those_that_are_tried() -> None:
+    assert all(rate in grid(method) for method, rate in RATES.items())
+
+
+def test_rates_that_were_tried_are_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def trained(method: str, rate: float, setting: Setting, data: object) -> Trial:
+        asked.append(rate)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return trial(rate, rate)
+
+    monkeypatch.setattr(medical_rates, "_trial", trained)
+    data, setting = GeneratedVessels(1, 1, 0, 24, 24), STEPS["quick"].setting
+    with pytest.raises(KeyboardInterrupt):
+        tried("SALT", setting, data, tmp_path / "rates")
+    found = tried("SALT", setting, data, tmp_path / "rates")
+    assert asked == [*grid("SALT")[:3], *grid("SALT")[2:]]
+    assert [one.val_dice for one in found] == list(grid("SALT"))
 
 
 def test_pictures_are_scored_by_name_and_shown_beside_the_truth(tmp_path: Path) -> None:
