@@ -48,11 +48,15 @@ def residuals(seen: Observations, geometry: Geometry) -> Tensor:
 def _fit_pairs(seen: Observations, geometry: Geometry, moments: Moments, cost: Tensor) -> None:
     both = moments[seen.place[:, 0]] + moments[seen.place[:, 1]]
     counted = both.weight > 0
-    # The gauge holds the product of the scales: each is pulled up by the same force, which
-    # balances the whole cost, else noisy pairs would shrink and the rest be blown up for it.
-    pull = cost / counted.sum()
-    geometry.similarities[counted] = both[counted].similarity(pull=pull)
-    geometry.fix_gauge(counted)
+    # The gauge holds the product of the scales, each to the power of its pair's share of all
+    # weight: each is pulled up by that share of the cost, else noisy pairs would shrink and the
+    # rest be blown up for it. Were the shares alike, a pair that has lost nearly all weight would
+    # be pulled as hard with nothing to hold it: its scale would run away, and shrink the world.
+    share = seen.by_edge(seen.weights.sum(1)).sum(1)
+    share = torch.where(counted, share, 0.0)
+    share = share / share.sum()
+    geometry.similarities[counted] = both[counted].similarity(pull=cost * share[counted])
+    geometry.fix_gauge(share)
 
 
 def _move_camera(

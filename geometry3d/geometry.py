@@ -39,10 +39,13 @@ class Geometry:
         points = self.depths[view, :, None] * self.rays(self.focals[view])
         return points @ self.rotations[view].mT + self.centres[view]
 
-    def fix_gauge(self, counted: Tensor | None = None) -> None:
-        """Scale the world so that the pairs' scales have the geometric mean `MEAN_SCALE`."""
-        scales = self.similarities.scale
-        mean = (scales if counted is None else scales[counted]).log().mean()
+    def fix_gauge(self, share: Tensor | None = None) -> None:
+        """Scale the world so that the pairs' scales have the geometric mean `MEAN_SCALE`.
+
+        `share` [m], which add up to 1, says how much each counts; None: all alike.
+        """
+        scales = self.similarities.scale.log()
+        mean = scales.mean() if share is None else (share * scales).sum()
         factor = (math.log(MEAN_SCALE) - mean).exp()
         self.centres *= factor
         self.depths *= factor
