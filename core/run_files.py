@@ -39,7 +39,8 @@ class RunFiles(Checkpoint):
 
     The rows travel in the checkpoints, so that a resumed run writes the same file (Lightning's
     CSVLogger begins anew). List it after other checkpoint callbacks, whose state it saves.
-    Raises `AdaptError` for a folder that cannot be made and a `monitor` that is not logged.
+    Raises `AdaptError` for a folder that cannot be made and a `monitor` that is not logged: one
+    that begins with `val_` before the first epoch, if Lightning then tries the validation.
 
     >>> import tempfile
     >>> files = RunFiles(tempfile.mkdtemp(), monitor="val_top1")
@@ -102,6 +103,15 @@ class RunFiles(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_names |= set(trainer.callback_metrics) - self._known
         self._validated = not trainer.sanity_checking
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a misspelt `monitor` of the validation before an epoch is spent on it."""
+        missing = self.monitor is not None and self.monitor not in self._validation_names
+        if missing and str(self.monitor).startswith("val_") and self._validation_names:
+            raise AdaptError(
+                f"monitor={self.monitor!r} is not logged; logged: {sorted(self._validation_names)}"
+                " by the validation before the first epoch"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.best is not None and not self.path("best.ckpt").is_file():

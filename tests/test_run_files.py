@@ -191,6 +191,17 @@ def test_a_monitor_that_is_not_logged_is_refused_with_those_that_are(tmp_path: P
         RunFiles(tmp_path, mode="higher")
 
 
+def test_a_misspelt_monitor_is_refused_before_the_first_epoch(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path, monitor="val_scroe")
+    said = (
+        r"monitor='val_scroe' is not logged; logged: \['val_score'\] by .* before the first epoch"
+    )
+    with pytest.raises(AdaptError, match=said):
+        fit(Task(), files, num_sanity_val_steps=1)
+    assert files.rows == []
+    fit(Task(), RunFiles(tmp_path, monitor="train_loss"), num_sanity_val_steps=1)
+
+
 def test_resuming_without_the_best_epoch_is_refused(tmp_path: Path) -> None:
     fit(Task(), RunFiles(tmp_path / "one", monitor="val_score"))
     files = RunFiles(tmp_path / "other", monitor="val_score")
