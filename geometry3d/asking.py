@@ -16,7 +16,6 @@ from ..core.images.classifying import image_files
 from .backbones import Backbone, Dust3rCheckpoint, RandomDust3r, SmallPointmaps
 from .calibration import Schedule
 from .graph import Complete, Graph, Retrieval, Window
-from .labels import CUT
 from .pictures_in import Part, Pictures, read_pictures
 from .pointmaps import PointmapNetwork
 from .weights import Calibrated
@@ -182,7 +181,10 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--space", choices=("log", "raw"), default="log", help="of confidences; default: log")
     about = "length at which a weight falls to a quarter; default: the median residual"
     add("--mu", type=float, help=about)
-    add("--cut", type=float, default=CUT, help=f"weight that a label needs; default: {CUT}")
+    about = "initial weight that counts for anything; default: the backbone's, 0 of the small"
+    add("--gate", type=float, help=f"{about} network, {Calibrated.gate} of others")
+    about = "weight that a label needs, the mean over a view's pairs; default: a quarter of the"
+    add("--cut", type=float, help=f"{about} mean initial weight")
 
 
 def schedule_of(asked: argparse.Namespace) -> Schedule:
@@ -191,9 +193,10 @@ def schedule_of(asked: argparse.Namespace) -> Schedule:
     return Schedule(lr=asked.lr, last_lr=last, epochs=asked.epochs, batch=asked.batch)
 
 
-def rule_of(asked: argparse.Namespace) -> Calibrated:
-    """The rule of weights that `add_training`'s options name."""
-    return Calibrated(space=asked.space, mu=asked.mu)
+def rule_of(asked: argparse.Namespace, backbone: Backbone) -> Calibrated:
+    """The rule of weights that `add_training`'s options name, for a backbone's confidences."""
+    gate = backbone.gate if asked.gate is None else asked.gate
+    return Calibrated(space=asked.space, mu=asked.mu, gate=gate)
 
 
 def whole(text: str) -> int:

@@ -11,7 +11,6 @@ from ..core.cli import OneLineParser
 from ..core.container import require_place
 from ..core.errors import AdaptError
 from .asking import (
-    Views,
     add_network,
     add_pairs,
     add_training,
@@ -22,20 +21,20 @@ from .asking import (
     size_for,
     views_of,
 )
-from .calibration import LEAST_VIEWS, Calibration, Survey, calibrate, survey
-from .labels import pseudo_labels
+from .calibration import LEAST_VIEWS, calibrate, survey
+from .labels import pseudo_labels, usual_cut
 from .scene_file import Scene, save_scene
 from .scene_index import features_of
 from .telling import Telling
-from .weights import Calibrated
 
 
 def main(argv: list[str]) -> int:
     """Calibrate on the images that `argv` names; the file is written if that helps."""
     asked = _parser().parse_args(argv)
     _refuse_a_taken_place(asked.out)
-    name, schedule, rule = _name(asked), schedule_of(asked), rule_of(asked)
+    name, schedule = _name(asked), schedule_of(asked)
     backbone = backbone_of(asked.backbone, asked.focal)
+    rule = rule_of(asked, backbone)
     graph, size = graph_of(asked.graph, asked.reach), size_for(backbone, asked.size)
     least = LEAST_VIEWS + (asked.hold_out or 1)
     views = views_of(
@@ -45,8 +44,10 @@ def main(argv: list[str]) -> int:
     seen = survey(network, views.images, graph, rule, views.focals, asked.sweeps, tell)
     tell.clear()
     print(f"{len(views.pictures)} images, {len(seen.predictions.edges)} pairs: {seen.diagnosis}")
-    labels = pseudo_labels(seen.alignment, asked.cut)
-    print(f"labels for {labels.share():.0%} of the pixels, mu {seen.alignment.mu:.4g}", flush=True)
+    cut = usual_cut(seen.alignment) if asked.cut is None else asked.cut
+    labels = pseudo_labels(seen.alignment, cut)
+    share, mu = f"{labels.share():.0%} of the pixels", seen.alignment.mu
+    print(f"labels for {share}: weights above {cut:.3g}, mu {mu:.4g}", flush=True)
     found = calibrate(
         network,
         seen,
@@ -65,7 +66,18 @@ def main(argv: list[str]) -> int:
     if found.adapters is None:
         print(f"no file is written: calibration does not help here; use {asked.backbone} as it is")
         return 0
-    scene = _scene(asked, name, views, seen, found)
+    scene = Scene(
+        name=name,
+        backbone=views.backbone,
+        size=seen.predictions.size,
+        focal=asked.focal,
+        space=rule.space,
+        mu=mu,
+        gate=rule.gate,
+        cut=cut,
+        before=found.before,
+        after=found.after,
+    )
     save_scene(found.adapters, asked.out, scene, features_of(network, views.images))
     print(f"written: {asked.out}")
     return 0
@@ -84,24 +96,6 @@ def _name(asked: argparse.Namespace) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise AdaptError(f"a scene's name has letters, digits, _ and - only, not {name!r}: --name")
     return name
-
-
-def _scene(
-    asked: argparse.Namespace, name: str, views: Views, seen: Survey, found: Calibration
-) -> Scene:
-    height, width = seen.predictions.size
-    return Scene(
-        name=name,
-        backbone=views.backbone,
-        size=(height, width),
-        focal=asked.focal,
-        space=asked.space,
-        mu=seen.alignment.mu,
-        gate=Calibrated.gate,
-        cut=asked.cut,
-        before=found.before,
-        after=found.after,
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     wanted = Wanted(
         methods=asked.methods,
         graph=graph_of(asked.graph, asked.reach),
-        rule=rule_of(asked),
+        rule=rule_of(asked, backbone),
         sweeps=asked.sweeps,
         schedule=schedule_of(asked),
         recipe=LoRA(rank=asked.rank, alpha=asked.rank),

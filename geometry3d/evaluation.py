@@ -24,7 +24,7 @@ from .calibration import (
     survey,
 )
 from .graph import Graph
-from .labels import CUT, pseudo_labels, true_labels
+from .labels import pseudo_labels, true_labels
 from .pointmaps import Pair, PointmapNetwork
 from .predictions import Predictions
 from .reconstruction import Reconstruction
@@ -79,7 +79,7 @@ class Wanted:
     schedule: Schedule = field(default_factory=Schedule)
     recipe: Recipe = RECIPE
     hold_out: int | None = None
-    cut: float = CUT
+    cut: float | None = None
     seed: int = 0
 
 

@@ -12,8 +12,6 @@ from .alignment import Alignment
 from .cameras import camera_points, inverse_poses, moved
 from .reconstruction import Reconstruction
 
-CUT = 1.5
-
 
 class Labels(NamedTuple):
     """Targets for b pairs, both in the first camera's frame, and where they hold."""
@@ -32,23 +30,41 @@ class Labels(NamedTuple):
         return Labels(*(part[index] for part in self))
 
 
-def pseudo_labels(alignment: Alignment, cut: float = CUT) -> Labels:
+def pseudo_labels(alignment: Alignment, cut: float | None = None) -> Labels:
     """Labels for every pair of an alignment, from the aligned scene (LoRA3D, arXiv 2412.07746).
 
     X~ = T_i^-1 T_v [D_v (u / f, v / f, 1)] for both views v of the pair (i, j), kept where the
-    pair's calibrated weight there is above `cut`, which is in the weight's space: under log, 1.5
-    means a confidence of 4.48 that nothing contradicts. What moves, or what the network got wrong
-    in this pair alone, has lost its weight.
+    calibrated weight of the view's pixel, the mean over its pairs, is above `cut` (None:
+    `usual_cut`) and the pair itself was not so unsure that it counts for nothing there. What
+    moves, or what the views cannot agree on, has lost its weight.
+
+    The mean and not the pair's own weight, our choice (the notes on the paper leave it open): the
+    label is what all pairs together say of the view, and a pair that they all contradict has the
+    most to learn from it; where its own weight is high, label and prediction are the same.
 
     Raises AdaptError where nothing is kept.
     """
-    valid = alignment.weights > cut
+    cut = usual_cut(alignment) if cut is None else cut
+    agreed = torch.stack(
+        [alignment.weights[alignment.edges == view].mean(0) for view in range(len(alignment.poses))]
+    )
+    valid = (agreed > cut)[alignment.edges] & (alignment.weights > 0)
     if not valid.any():
-        highest = float(alignment.weights.max())
-        raise AdaptError(f"no label: the highest weight is {highest:.3g}, the cut {cut:g}")
+        raise AdaptError(f"no label: the highest weight is {float(agreed.max()):.3g}, cut {cut:g}")
     return _labels(
         camera_points(alignment.depths, alignment.focals), alignment.poses, alignment.edges, valid
     )
+
+
+def usual_cut(alignment: Alignment) -> float:
+    """A quarter of the mean weight before any residual was known: what a residual of mu leaves.
+
+    The paper's cut is 1.5, with a mu that is not known to us. Under mu = the median residual, the
+    default here, a typical point keeps C / 4: with log C as C, 1.5 would ask of it a confidence of
+    exp(6) = 403.
+    """
+    lost = (1 + alignment.residuals / alignment.mu).square()
+    return float((alignment.weights * lost).mean()) / 4
 
 
 def true_labels(scene: Reconstruction, edges: Tensor) -> Labels:

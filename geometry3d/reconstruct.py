@@ -125,7 +125,7 @@ def _ready(asked: argparse.Namespace) -> tuple[Views, PointmapNetwork, Calibrate
         backbone = backbone_of(asked.backbone, asked.focal)
         size = size_for(backbone, asked.size)
         views = views_of(asked.images, backbone, size, asked.focal, asked.device, limit=asked.limit)
-        return views, views.network(), Calibrated()
+        return views, views.network(), Calibrated(gate=backbone.gate)
     if asked.set is not None:
         scene, _ = read_scene(asked.set)
         views = _as_calibrated(asked, scene)

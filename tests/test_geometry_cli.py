@@ -70,7 +70,8 @@ def test_a_scene_is_calibrated_stored_and_reconstructed(
     scene, features = read_scene(out)
     assert (scene.name, scene.size, scene.focal) == ("hills", (HEIGHT, WIDTH), FOCAL)
     assert scene.space == "log"
-    assert (scene.mu, scene.cut) == (10.0, 1.5)
+    assert (scene.mu, scene.gate) == (10.0, 0.5)
+    assert scene.cut == pytest.approx((math.log(50) + math.log(12)) / 8, rel=1e-3)
     assert scene.after < scene.before
     assert features.shape == (VIEWS, 64)
 
@@ -113,7 +114,7 @@ def test_the_images_choose_among_scenes(tmp_path: Path, polyadapt: Run) -> None:
     backbone = json.dumps({"backbone": "FlatBackbone", "seed": 0})
     for seed in (0, 1):
         named = ("--out", sets / f"scene{seed}.safetensors", "--backbone", backbone)
-        found = polyadapt("calibrate", tmp_path / f"images{seed}", *named, *QUICK, "--cut", 0.5)
+        found = polyadapt("calibrate", tmp_path / f"images{seed}", *named, *QUICK)
         assert found[0] == 0
     assert len([*sets.iterdir()]) == 2
     words = ("--sets", sets, "--out", tmp_path / "found")

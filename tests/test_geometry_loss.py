@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from polyadapt.core import AdaptError
-from polyadapt.geometry3d.alignment import align
+from polyadapt.geometry3d.alignment import Alignment, align
 from polyadapt.geometry3d.cameras import moved, pixels_of, world_points
-from polyadapt.geometry3d.labels import Labels, pseudo_labels, true_labels
+from polyadapt.geometry3d.labels import Labels, pseudo_labels, true_labels, usual_cut
 from polyadapt.geometry3d.loss import confidence_loss, distances
 from polyadapt.geometry3d.oracle import Flaws, Oracle
 from polyadapt.geometry3d.pointmaps import Pair
+from polyadapt.geometry3d.similarity import Similarity
 from polyadapt.tests.geometry_cases import all_pairs, small_scene
 
 
@@ -98,14 +99,36 @@ def test_a_pseudo_label_lies_on_its_own_pixel_at_the_aligned_depth() -> None:
     assert (corner - torch.tensor([7.5, 3.5])).abs().max() < 1e-3
 
 
-def test_the_cut_decides_what_is_kept_and_a_cut_above_all_is_refused() -> None:
-    scene = small_scene(3)
-    oracle = Oracle(scene, Flaws(outliers=0.2, confidence=9.0, outlier_confidence=9.0))
-    found = align(oracle.predictions(all_pairs(3)), steps=20)
-    assert pseudo_labels(found, cut=0.0).share() == 1
-    assert torch.equal(pseudo_labels(found, cut=1.0).valid1, found.weights[:, 0] > 1.0)
-    with pytest.raises(AdaptError, match=r"no label: the highest weight is .*, the cut 50"):
+def _by_hand(weights: list[float], residuals: list[float], mu: float) -> Alignment:
+    """Two views of one pixel: what the pairs (0, 1) and (1, 0) have of both."""
+    eye = torch.eye(4).repeat(2, 1, 1)
+    return Alignment(
+        poses=eye,
+        focals=torch.ones(2),
+        depths=torch.ones(2, 1, 1),
+        edges=torch.tensor([[0, 1], [1, 0]]),
+        similarities=Similarity(torch.ones(2), eye[:, :3, :3], torch.zeros(2, 3)),
+        weights=torch.tensor(weights).view(2, 2, 1, 1),
+        residuals=torch.tensor(residuals).view(2, 2, 1, 1),
+        mu=mu,
+    )
+
+
+def test_a_label_needs_a_view_that_its_pairs_agree_on_and_a_pair_that_is_at_all_sure() -> None:
+    found = _by_hand([0.1, 0.2, 0.4, 1.1], [0.0, 0.0, 0.0, 0.0], mu=1.0)  # means: 0.6 and 0.3
+    labels = pseudo_labels(found, cut=0.5)
+    assert labels.valid1.flatten().tolist() == [True, False]  # view 0 first, view 1 first
+    assert labels.valid2.flatten().tolist() == [False, True]
+    unsure = _by_hand([0.0, 0.2, 0.4, 1.2], [0.0, 0.0, 0.0, 0.0], mu=1.0)
+    assert pseudo_labels(unsure, cut=0.5).valid1.flatten().tolist() == [False, False]
+    with pytest.raises(AdaptError, match=r"no label: the highest weight is 0\.6, cut 50"):
         pseudo_labels(found, cut=50)
+
+
+def test_the_usual_cut_is_what_a_residual_of_mu_leaves_of_the_mean_initial_weight() -> None:
+    found = _by_hand([2.0, 1.0, 0.25, 0.25], [0.0, 0.1, 0.1, 0.3], mu=0.1)  # initial 2, 4, 1, 4
+    assert usual_cut(found) == pytest.approx(0.6875)
+    assert pseudo_labels(found).valid1.flatten().tolist() == [True, False]  # means 1.125, 0.625
 
 
 def test_an_oracle_without_flaws_answers_with_the_true_labels() -> None:
