@@ -35,9 +35,9 @@ Keep = Literal["none", "memory"]
 SALT_OURS = SALT(top=0.1, rank=16)
 # In the order of a report. By the validation photographs' Dice alone, see `medical_rates`.
 RATES: Mapping[str, float] = {
-    "decoder": 1e-3,
+    "decoder": 3e-4,
     "SALT": 1e-3,
-    "LoRA equal": 1e-3,
+    "LoRA equal": 3e-4,
     "LoRA r4": 1e-3,
     "S-SAM": 1e-3,
     "BitFit": 1e-3,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from polyadapt.benchmarks import medical_rates
+from polyadapt.benchmarks import medical_chase, medical_rates
 from polyadapt.benchmarks.medical_chase import STEPS, folder_of, of_step, records_of, verdicts
 from polyadapt.benchmarks.medical_methods import RATES, SALT_OURS, Setting, equal_rank
 from polyadapt.benchmarks.medical_rates import Trial, best, grid, rates_table, tried
@@ -102,17 +104,22 @@ def test_the_gate_of_the_u_net_is_told(dice: float, word: str) -> None:
     assert line == f"gate: U-Net's Dice {dice:.3f}, above 0.65: {word}"
 
 
-def trial(rate: float, val_dice: float) -> Trial:
-    return Trial(method="SALT", rate=rate, last_loss=0.5, val_dice=val_dice)
+def trial(rate: float, val_dice: float, seed: int = 100) -> Trial:
+    return Trial(method="SALT", rate=rate, seed=seed, last_loss=0.5, val_dice=val_dice)
 
 
-def test_the_rate_is_the_one_with_the_highest_validation_dice_and_rather_low() -> None:
-    trials = [trial(1e-2, 0.3), trial(1e-3, 0.6), trial(3e-3, 0.6)]
-    assert best(trials).rate == 1e-3
-    lines = rates_table({"SALT": trials, "decoder": [trial(3e-4, 0.125)]}).splitlines()
-    assert lines[0] == "| method | 0.0003 | 0.001 | 0.003 | 0.01 |"
-    assert lines[2] == "| SALT | - | **0.600 (0.50)** | 0.600 (0.50) | 0.300 (0.50) |"
-    assert lines[3] == "| decoder | **0.125 (0.50)** | - | - | - |"
+def test_the_rate_is_the_best_of_those_that_were_tried_twice() -> None:
+    once = [trial(3e-4, 0.3), trial(1e-3, 0.6), trial(3e-3, 0.7)]
+    assert best(once) == 3e-3
+    twice = [*once, trial(1e-3, 0.5, 101), trial(3e-3, 0.2, 101)]
+    assert best(twice) == 1e-3
+    assert best([trial(3e-3, 0.6), trial(1e-3, 0.6)]) == 1e-3
+    lines = rates_table({"SALT": twice, "decoder": [trial(3e-4, 0.125)]}).splitlines()
+    assert lines[0] == "| method | 0.0003 | 0.001 | 0.003 |"
+    assert lines[2] == (
+        "| SALT | 0.300 (0.50) | **0.600 (0.50), 0.500 (0.50)** | 0.700 (0.50), 0.200 (0.50) |"
+    )
+    assert lines[3] == "| decoder | **0.125 (0.50)** | - | - |"
 
 
 def test_every_rate_is_one_of_those_that_are_tried() -> None:
@@ -122,21 +129,26 @@ def test_every_rate_is_one_of_those_that_are_tried() -> None:
 def test_rates_that_were_tried_are_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[float] = []
+    asked: list[tuple[float, int]] = []
 
-    def trained(method: str, rate: float, setting: Setting, data: object) -> Trial:
-        asked.append(rate)
+    def trained(method: str, rate: float, seed: int, setting: Setting, data: object) -> Trial:
+        asked.append((rate, seed))
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return trial(rate, rate)
+        return trial(rate, rate, seed)
 
     monkeypatch.setattr(medical_rates, "_trial", trained)
     data, setting = GeneratedVessels(1, 1, 0, 24, 24), STEPS["quick"].setting
     with pytest.raises(KeyboardInterrupt):
         tried("SALT", setting, data, tmp_path / "rates")
     found = tried("SALT", setting, data, tmp_path / "rates")
-    assert asked == [*grid("SALT")[:3], *grid("SALT")[2:]]
-    assert [one.val_dice for one in found] == list(grid("SALT"))
+    low, some, more, high = grid("SALT")
+    assert asked == [
+        *((rate, 100) for rate in (low, some, more)),
+        *((rate, 100) for rate in (more, high)),  # the interrupted one once more
+        *((rate, 101) for rate in (high, more)),  # the two best
+    ]
+    assert best(found) == high
 
 
 def test_pictures_are_scored_by_name_and_shown_beside_the_truth(tmp_path: Path) -> None:
@@ -174,3 +186,32 @@ def test_the_lora_of_equal_size_trains_as_many_numbers_as_salt_to_a_twentieth() 
         counts.append(sum(p.numel() for p in adapters.trained().values()))
         adapters.detach()
     assert counts[1] == pytest.approx(counts[0], rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_step_runs_on_generated_vessels_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def small(*counts: int, **common: Any) -> GeneratedVessels:
+        return GeneratedVessels(2, 1, 1, 48, 48, vessels=SPARSE, **common)
+
+    monkeypatch.setattr(medical_chase, "GeneratedVessels", small)
+    setting = replace(STEPS["quick"].setting, size=64, epochs=2)
+    step = replace(STEPS["quick"], setting=setting, methods=("SALT",), seeds=(0,))
+    found = medical_chase.run("quick", step, None, tmp_path)
+    assert [(r.method, r.steps > 0) for r in found] == [("SALT", True), ("U-Net", True)]
+    assert found[0].last_loss < found[0].first_loss
+    assert found[1].cpu_seconds >= found[0].cpu_seconds
+
+    def never(*_: object) -> Record:
+        raise AssertionError("it has been run")
+
+    monkeypatch.setattr(medical_chase, "run_sam", never)
+    monkeypatch.setattr(medical_chase, "run_unet", never)
+    assert medical_chase.run("quick", step, None, tmp_path) == found
+
+
+def test_a_u_net_without_the_run_that_tells_its_seconds_is_refused(tmp_path: Path) -> None:
+    step = replace(STEPS["quick"], methods=(), seeds=(0,))
+    with pytest.raises(SystemExit, match="has SALT's CPU seconds, and quick-SALT-seed0 is not"):
+        medical_chase.run("quick", step, None, tmp_path)
