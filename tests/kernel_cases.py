@@ -86,3 +86,19 @@ def compose_case(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"
 def gradient_case(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """What arrives from behind."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+
+
+def norm_case(
+    shape: tuple[int, int],
+    rank: int,
+    dtype: torch.dtype,
+    factors: torch.dtype | None = None,
+    device: str = "cpu",
+) -> list[Tensor]:
+    """W0, A, B with an update about as long as W0; the factors in W0's dtype unless told."""
+    made = torch.Generator().manual_seed(sum(shape) + rank)
+    rows, columns = shape
+    shapes = (shape, (rank, columns), (rows, rank))
+    w0, a, b = (torch.randn(s, generator=made, dtype=torch.float64) for s in shapes)
+    b /= max(1, rank) ** 0.5
+    return [w0.to(device, dtype), *(t.to(device, factors or dtype) for t in (a, b))]

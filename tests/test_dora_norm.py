@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from polyadapt.core.adapters import dora
 from polyadapt.core.adapters.dora import DoRAAdapter, row_norm
+from polyadapt.core.kernels import row_norm as norms
 from polyadapt.core.layers import FrozenLayer
 from polyadapt.tests.factor_cases import dora_at, stir
 
@@ -29,7 +30,7 @@ def test_the_row_norm_of_a_hand_case() -> None:
 def test_the_row_norm_is_that_of_the_whole_weight_in_any_chunks(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dora, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(norms, "CHUNK_ELEMENTS", chunk)
     w0, a, b = (torch.randn(s, dtype=torch.float64) for s in ((11, 9), (3, 9), (11, 3)))
     expected = torch.linalg.norm(w0 + 0.7 * b @ a, dim=1)
     torch.testing.assert_close(row_norm(w0, a, b, 0.7), expected, rtol=1e-12, atol=0)
