@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -95,6 +95,24 @@ def test_the_bound_holds_in_some_rows_and_the_others_are_computed_exactly() -> N
     found = row_norm(w0, a, b, 1.0, "factored")
     assert torch.equal(found[believed], norm[believed])
     torch.testing.assert_close(found.double(), truth(w0, a, b, 1.0), rtol=1e-2, atol=0)
+
+
+@pytest.fixture
+def fewer_digits() -> Iterator[None]:
+    """Let torch multiply fp32 with fewer digits where the CPU can."""
+    backend: Any = torch.backends.mkldnn
+    before, backend.matmul.fp32_precision = backend.matmul.fp32_precision, "tf32"
+    yield
+    backend.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("fewer_digits")
+def test_no_bound_holds_where_torch_multiplies_with_fewer_digits() -> None:
+    w0, a, b = norm_case((6, 40), 2, torch.float32)
+    b = b / 100
+    assert not factored(w0, a, b, 1.0)[1].any()
+    assert factored(w0.double(), a, b, 1.0)[1].all()
+    assert torch.equal(row_norm(w0, a, b, 1.0, "factored"), exact(w0, a, b, 1.0))
 
 
 @by_method

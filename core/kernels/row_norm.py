@@ -16,7 +16,7 @@ the digits. It is believed up to p = 2 n, where it has lost at most two bits.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -104,9 +104,10 @@ def _moved(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def factored(w0: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The published form: n, and in which rows it may be believed (nowhere in one with NaN).
+    """The published form: n, and in which rows it may be believed.
 
-    The paper adds up over columns and so keeps [d_out, r] or [d_out] numbers; rows need neither.
+    Never in one with NaN, and in none where torch multiplies fp32 with fewer digits (TF32). The
+    paper adds up over columns and so keeps [d_out, r] or [d_out] numbers; rows need neither.
     """
     wide = _wide(w0, a, b)
     w0, a, b = w0.detach(), a.detach().to(wide), b.detach().to(wide)
@@ -115,7 +116,13 @@ def factored(w0: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Te
         norm, most = w0.new_empty(2, len(w0), dtype=wide)
         for rows in _chunks(w0):
             norm[rows], most[rows] = _factored(w0[rows].to(wide), a, b[rows], gram, scale)
-    return norm, (norm >= BELIEVED * most) & norm.isfinite()
+    believed = (norm >= BELIEVED * most) & norm.isfinite()
+    return norm, believed if _multiplies_in(wide, w0.device) else torch.zeros_like(believed)
+
+
+def _multiplies_in(dtype: torch.dtype, device: torch.device) -> bool:
+    backend: Any = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+    return dtype == torch.float64 or backend.matmul.fp32_precision in ("none", "ieee")
 
 
 def _factored(
