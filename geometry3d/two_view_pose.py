@@ -93,7 +93,9 @@ def _seen(moved: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
 
 def _solved(slopes: Tensor, off: Tensor, spread: Tensor, weights: Tensor) -> Tensor:
     """The damped Gauss-Newton move [b, 8] of what all cells share."""
-    trust = weights / (1 + ((spread @ off[..., None])[..., 0] * off).sum(-1) / 4)
+    # Far off, the spread's rounding can make a square negative: a trust without bound, then NaN.
+    square = ((spread @ off[..., None])[..., 0] * off).sum(-1).clamp_min(0)
+    trust = weights / (1 + square / 4)
     left = (trust[..., None, None] * (spread @ slopes)).flatten(1, 2)  # [b, 2 n, 8]
     matrix = left.mT @ slopes.flatten(1, 2)
     size = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
