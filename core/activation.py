@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
     from .drawer import Drawer
-    from .gathered import Branches
+    from .gathered import Part
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Routed:
     """A stack's factors by layer path, and the number of each sample's set [batch]."""
 
     names: tuple[str, ...]
-    parts: Mapping[str, Sequence[tuple[Branches, Tensor]]]
+    parts: Mapping[str, Sequence[Part]]
     index: Tensor
 
 

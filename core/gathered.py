@@ -3,7 +3,7 @@
 What a low-rank method does to the output of a linear layer is y + (g - 1)(y - b) + U D x, with
 small D [r, d_in], U [d_out, r] and for some methods a gain g [d_out]. Stacked over the samples
 of a batch, the cost does not depend on how many sets there are. Other methods and layer kinds are
-run once per set instead (`OutputSlot`).
+run once per set instead (`OutputSlot`). On a GPU, `segmented` gathers nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from .banks import read_by
 from .layers import FrozenLayer, LinearLayer, Rows, replace_rows
 from .recipe import Adapter, Branch, Branching, LowRank, Piece, offers
+from .segmented import Ids, Resident, Segmented, resident, serves
 
 Samples = Mapping[str, Sequence[int]]  # by set: the samples of a batch that go through it
 _EVER = count(1)
@@ -33,6 +34,11 @@ class Branches:
     down: Tensor  # [n, r, d_in]
     up: Tensor  # [n, r, d_out]: its rows are read one after another
     gain: Tensor | None  # [n, d_out]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors."""
+        return self.down.dtype
 
     def pick(self, index: Tensor) -> Branches:
         """Those of `index` [m], in its order."""
@@ -51,6 +57,9 @@ class Branches:
         base = flat if self.layer.bias is None else flat - self.layer.bias
         changed = (self.gain - 1)[:, None] * base + torch.bmm(hidden, up)
         return (flat + changed).view(y.shape).to(y.dtype)
+
+
+Part = tuple[Branches | Resident, Tensor]  # of all sets of a stack, and which have one [n]
 
 
 def _tokens(t: Tensor) -> Tensor:
@@ -86,7 +95,10 @@ class Masked:
         return torch.where(acts, self.branches.output(x, y), y)
 
 
-def apply(chosen: Sequence[Chosen | Masked], x: Tensor, y: Tensor, batch_axis: int) -> Tensor:
+Choice = Chosen | Masked | Segmented
+
+
+def apply(chosen: Sequence[Choice], x: Tensor, y: Tensor, batch_axis: int) -> Tensor:
     """A layer's output with every part changed; `batch_axis` is where samples lie."""
     x, y = x.movedim(batch_axis, 0), y.movedim(batch_axis, 0)
     parts: list[tuple[Rows, Tensor]] = []
@@ -100,7 +112,7 @@ def apply(chosen: Sequence[Chosen | Masked], x: Tensor, y: Tensor, batch_axis: i
 
 def choose(
     adapters: Mapping[str, Sequence[Piece]], samples: Samples, size: int
-) -> list[Chosen] | None:
+) -> list[Choice] | None:
     """The factors of each sample, where every set that `samples` names has a branch form."""
     by_part: dict[Rows | None, list[tuple[Piece, Branch, Sequence[int]]]] = {}
     for name, rows in samples.items():
@@ -113,23 +125,30 @@ def choose(
 
 
 def routed(
-    parts: Sequence[tuple[Branches, Tensor]], index: Tensor, kept: dict[Any, Any], slot: object
-) -> list[Masked]:
-    """Each sample's branch of a stack, gathered once per activation unless compiled."""
+    parts: Sequence[Part], index: Tensor, kept: dict[Any, Any], slot: object
+) -> Sequence[Choice]:
+    """Each sample's branch of a stack, chosen once per activation unless compiled."""
     if torch.compiler.is_compiling():
-        return _routed(parts, index)
-    made: tuple[list[object], list[Masked]] | None = kept.get(slot)
+        return [_routed(part, index, {}, []) for part in parts]
+    made: tuple[list[object], Sequence[Choice]] | None = kept.get(slot)
     mark = _state((), [index])  # another choice may be written into the tensor
     if made is None or made[0] != mark:
         # Outside of inference mode, or what is kept could not be used in training.
         with torch.inference_mode(False), torch.no_grad():
-            kept[slot] = made = (mark, _routed(parts, index))
+            kept[slot] = made = (mark, [_routed(part, index, kept, mark) for part in parts])
     return made[1]
 
 
-def _routed(parts: Sequence[tuple[Branches, Tensor]], index: Tensor) -> list[Masked]:
+def _routed(part: Part, index: Tensor, kept: dict[Any, Any], mark: list[object]) -> Choice:
+    branches, has = part
+    if isinstance(branches, Resident):
+        found: tuple[list[object], Ids] | None = kept.get(Ids)  # of all slots
+        if found is None or found[0] != mark:
+            # A copy: a backward must find what its forward saw.
+            kept[Ids] = found = (mark, Ids(index.clone(), len(branches.sets)))
+        return Segmented(branches, found[1])
     some = index.clamp_min(0)
-    return [Masked(branches.pick(some), (index >= 0) & has[some]) for branches, has in parts]
+    return Masked(branches.pick(some), (index >= 0) & has[some])
 
 
 @dataclass(frozen=True)
@@ -137,7 +156,7 @@ class Kept:
     """A choice for the calls to come, as long as nothing that it was made from has changed."""
 
     samples: Samples
-    chosen: list[Chosen] | None
+    chosen: list[Choice] | None
     adapters: Sequence[Adapter]
     read: Sequence[Tensor]
     marks: Sequence[object]
@@ -152,7 +171,7 @@ class Kept:
         return not trains and self.marks == _state(self.adapters, self.read)
 
 
-def keep(samples: Samples, chosen: list[Chosen] | None, pieces: Sequence[Piece]) -> Kept:
+def keep(samples: Samples, chosen: list[Choice] | None, pieces: Sequence[Piece]) -> Kept:
     """`chosen`, made from `pieces`, with what tells later whether it still holds.
 
     `samples` hold as long as the activation: no set that it names can be detached or merged.
@@ -178,11 +197,15 @@ def _versions(read: Sequence[Tensor]) -> list[int]:
     return [t._version for t in read]
 
 
-def _chosen(entries: Sequence[tuple[Piece, Branch, Sequence[int]]], size: int) -> Chosen:
+def _chosen(entries: Sequence[tuple[Piece, Branch, Sequence[int]]], size: int) -> Choice:
     (layer, _), _, _ = entries[0]
     owner = {sample: n for n, (_, _, rows) in enumerate(entries) for sample in rows}
+    branches = [branch for _, branch, _ in entries]
+    if serves(layer, branches):
+        ids = torch.tensor([owner.get(s, -1) for s in range(size)], device=layer.stored.device)
+        return Segmented(resident(layer, branches), Ids(ids, len(branches)))
     samples = sorted(owner)
-    picked = stack_branches(layer, [branch for _, branch, _ in entries])
+    picked = stack_branches(layer, branches)
     device, order = picked.down.device, [owner[s] for s in samples]
     if order != list(range(len(entries))):
         picked = picked.pick(torch.tensor(order, device=device))

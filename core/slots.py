@@ -17,7 +17,7 @@ from .activation import Active, current
 from .drawer import Drawer
 from .errors import AdaptError
 from .ffn_input import FFNInput
-from .gathered import Chosen, Kept, Samples, apply, choose, keep, routed
+from .gathered import Choice, Kept, Samples, apply, choose, keep, routed
 from .inject import frame
 from .layers import FrozenLayer, Rows, replace_rows
 from .mixing import check_batch, groups
@@ -157,8 +157,8 @@ class OutputSlot(Slot):
             return None
         x, y = self._tensor(args, kwargs), _first_tensor(output, self.path)
         check_batch(y.shape[self.batch_axis], index, self.path)
-        masked = routed(parts, index, active.kept, self)
-        return _with_first_tensor(output, apply(masked, x, y, self.batch_axis))
+        chosen = routed(parts, index, active.kept, self)
+        return _with_first_tensor(output, apply(chosen, x, y, self.batch_axis))
 
     def _mixed(
         self,
@@ -180,7 +180,7 @@ class OutputSlot(Slot):
             y = self._by_set(samples, x, ffn, y)
         return _with_first_tensor(output, y)
 
-    def _choice(self, active: Active) -> tuple[Samples, list[Chosen] | None]:
+    def _choice(self, active: Active) -> tuple[Samples, list[Choice] | None]:
         """Who needs which set here, and their factors: gathered once while grad is off."""
         once = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         kept: Kept | None = active.kept.get(self) if once else None

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from .activation import Active, Routed, overriding
 from .drawer import Drawer, drawer_of
 from .errors import AdaptError
-from .gathered import Branches, branch_of, stack_branches
+from .gathered import Part, branch_of, stack_branches
 from .layers import FrozenLayer, Rows
 from .recipe import Adapter, Branch
+from .segmented import resident, serves
 from .slots import OutputSlot, Slot
-
-Part = tuple[Branches, Tensor]  # the branches of all sets, and which sets have one [n]
 
 
 class Stack:
@@ -74,7 +73,7 @@ class Stack:
         for path, parts in self.parts.items():
             if (path, None) not in drawer.slots:
                 raise AdaptError(f"no set is attached at {path} any more: stack again")
-            (now, then), *_ = [(b.layer.stored.dtype, b.down.dtype) for b, _ in parts]
+            (now, then), *_ = [(b.layer.stored.dtype, b.dtype) for b, _ in parts]
             if now != then:
                 raise AdaptError(f"{path} is {now} now, {then} when stacked: stack again")
 
@@ -141,5 +140,6 @@ def _part(
     first = next(iter(branches.values()))
     none = Branch(first.down[:0], first.up[:, :0])
     layer = next(iter(owners.values()))[0]
-    stacked = stack_branches(layer, [branches.get(name, none) for name in names])
-    return stacked, torch.tensor([name in owners for name in names], device=stacked.down.device)
+    every = [branches.get(name, none) for name in names]
+    stacked = resident(layer, every) if serves(layer, every) else stack_branches(layer, every)
+    return stacked, torch.tensor([name in owners for name in names], device=first.down.device)
