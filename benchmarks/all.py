@@ -17,6 +17,8 @@ NAMES = (
     "recompute",
     "cached_prefix",
     "dora",
+    "kernels_cpu",
+    "kernel_fidelity",
     "mixed_batch",
     "combine",
     "resident",
