@@ -49,7 +49,7 @@ class Plan:
     """What fixes the weights' bits, besides library versions."""
 
     seed: int = 0
-    steps: int = 6000
+    steps: int = 4000
     threads: int = 1
     height: int = 48
     width: int = 64

@@ -21,7 +21,7 @@ from polyadapt.geometry3d.matching import (
 from polyadapt.geometry3d.rotations import angle_of, rotation_of
 from polyadapt.geometry3d.scenes.camouflage import camouflaged
 from polyadapt.geometry3d.two_rays import crossing
-from polyadapt.geometry3d.two_view_pose import Pose, two_view_pose
+from polyadapt.geometry3d.two_view_pose import Pose, _solved, two_view_pose
 
 ROWS, COLUMNS = 8, 10
 SIZE = (24, 32)
@@ -190,3 +190,13 @@ def test_the_refinement_loss_leaves_out_what_is_unseen_or_far_off(truth: Truth) 
         expected, rel=1e-3
     )
     assert refinement_loss(Matches(at + 10, sure, sure), truth).item() == 0
+
+
+def test_a_square_that_rounding_made_negative_gives_no_trust_without_bound() -> None:
+    chance = torch.Generator().manual_seed(0)
+    slopes = torch.randn(1, 30, 2, 8, generator=chance)
+    spread = torch.eye(2).expand(1, 30, 2, 2).clone()
+    spread[:, 0] = torch.tensor([[0.0, 0.0], [0.0, -(2.0**-10)]])  # meant as 0
+    off = torch.ones(1, 30, 2)
+    off[:, 0] = torch.tensor([1.0, 64.0])  # a square of -4, and a trust of 1 / 0
+    assert bool(_solved(slopes, off, spread, torch.ones(1, 30)).isfinite().all())

@@ -178,3 +178,14 @@ def test_a_batch_pairs_views_of_one_scene() -> None:
     answer = answered(SmallNetwork(focal=32.0).eval(), scenes, edges)
     assert match_error(answer, truth).numel() == int(truth.seen.sum())
     assert [error.shape for error in pose_errors(answer, truth)] == [(4, 6), (4, 6)]
+
+
+def test_the_packaged_weights_match_their_images_and_use_the_second_one() -> None:
+    assert small.WEIGHTS.stat().st_size <= 6_000_000
+    network = small_network().eval()
+    assert sum(p.numel() for p in network.parameters()) <= 1_500_000
+    found = measured(network, Plan(), scenes=4)
+    assert found["median"] < 0.12  # tokens of 4 pixels
+    assert found["match"] < 0.3
+    assert found["own"] < 0.9 * found["own, same image"]
+    assert found["own"] < 0.75 * found["own, shuffled"]
