@@ -159,8 +159,10 @@ def gathered(x: Tensor, y: Tensor, sets: Sets, owner: Tensor) -> Tensor:
     place = torch.arange(sets.rank, device=x.device)
     outside = place >= own[:, None]
     place = (sets.starts[owner][:, None] + place).masked_fill(outside, 0)
-    # What a rank leaves empty is another set's: not even times 0, it may be infinite.
-    a, b = (f[place].to(wide).masked_fill(outside[..., None], 0) for f in (sets.down, sets.up))
+    a, b = (f[place].to(wide) for f in (sets.down, sets.up))
+    if outside[own > 0].any():
+        # What a rank leaves empty is another set's: not even times 0, it may be infinite.
+        a, b = (f.masked_fill(outside[..., None], 0) for f in (a, b))
     delta = torch.bmm(torch.bmm(x.to(wide), a.mT), b)
     changed = y.to(wide) + sets.scales[owner][:, None, None] * delta
     return torch.where((own > 0)[:, None, None], changed.to(y.dtype), y)
