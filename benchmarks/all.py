@@ -18,6 +18,7 @@ NAMES = (
     "cached_prefix",
     "dora",
     "kernels_cpu",
+    "kernels_roofline",
     "kernel_fidelity",
     "mixed_batch",
     "combine",
