@@ -11,6 +11,7 @@ from ..core.errors import AdaptError
 from .alignment import Alignment
 from .cameras import camera_points, inverse_poses, moved
 from .reconstruction import Reconstruction
+from .view_scores import true_pairs
 
 
 class Labels(NamedTuple):
@@ -51,9 +52,10 @@ def pseudo_labels(alignment: Alignment, cut: float | None = None) -> Labels:
     valid = (agreed > cut)[alignment.edges] & (alignment.weights > 0)
     if not valid.any():
         raise AdaptError(f"no label: the highest weight is {float(agreed.max()):.3g}, cut {cut:g}")
-    return _labels(
-        camera_points(alignment.depths, alignment.focals), alignment.poses, alignment.edges, valid
-    )
+    first, second = alignment.edges.T
+    points = camera_points(alignment.depths, alignment.focals)
+    into_first = inverse_poses(alignment.poses[first]) @ alignment.poses[second]
+    return Labels(points[first], valid[:, 0], moved(points[second], into_first), valid[:, 1])
 
 
 def usual_cut(alignment: Alignment) -> float:
@@ -68,15 +70,11 @@ def usual_cut(alignment: Alignment) -> float:
 
 
 def true_labels(scene: Reconstruction, edges: Tensor) -> Labels:
-    """Labels for pairs [m, 2] of a scene that is known; they hold where a depth was measured."""
-    measured = scene.depths.isfinite() & (scene.depths > 0)
-    points = camera_points(torch.where(measured, scene.depths, 0.0), scene.focals)
-    return _labels(points, scene.poses, edges, measured[edges])
-
-
-def _labels(points: Tensor, poses: Tensor, edges: Tensor, valid: Tensor) -> Labels:
-    """From points in their own cameras' frames [n, h, w, 3]; `valid` [m, 2, h, w]."""
-    first, second = edges.T
-    into_first = inverse_poses(poses[first]) @ poses[second]
-    other = moved(points[second], into_first)
-    return Labels(points[first], valid[:, 0], other, valid[:, 1])
+    """`true_pairs` as labels for pairs [m, 2]; they hold where a depth is known."""
+    pair = true_pairs(scene, edges)
+    known = pair.confidence1 > 0, pair.confidence2 > 0
+    one, two = (
+        torch.where(valid[..., None], points, 0.0)
+        for valid, points in zip(known, (pair.points1, pair.points2), strict=True)
+    )
+    return Labels(one, known[0], two, known[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +72,25 @@ def test_rank_16_on_the_published_size_has_the_published_numbers(
     adapters = attach(published, LoRA(rank=16), sites, "scene")
     trained = [p for p in adapters.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == numbers
-    assert sum(p.numel() * p.element_size() for p in trained) == 4 * numbers  # 18,087,936 bytes
+    assert sum(p.numel() * p.element_size() for p in trained) == 4 * numbers
+
+
+def test_a_set_of_the_published_size_is_a_file_of_18087936_bytes_and_a_header(
+    published: Dust3r, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The backbone has no numbers here that a digest could be made of.
+    monkeypatch.setattr("polyadapt.core.store.fingerprint", lambda *_: {})
+    adapters = attach(published, LoRA(rank=16), SITES, "scene")
+    adapters.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.zero_()
+    file = tmp_path / "scene.safetensors"
+    adapters.save(file)
+    adapters.detach()
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert file.stat().st_size - header == 18_087_936
+    assert header < 200_000
 
 
 def test_the_default_sites_are_every_attentions_inputs_and_nothing_of_the_heads() -> None:
