@@ -75,16 +75,19 @@ def shown(folders: Sequence[Path], file: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
-    figure = Figure(figsize=(3 * len(folders), 3.3))
-    axes = figure.subplots(1, len(folders), squeeze=False)
-    for axis, folder in zip(axes[0], folders, strict=True):
+    columns = min(4, len(folders))
+    rows = -(-len(folders) // columns)
+    figure = Figure(figsize=(3 * columns, 3.3 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in axes:
+        axis.axis("off")
+    for axis, folder in zip(axes, folders, strict=False):
         record = Record.load(folder / "record.json")
         name = min(record.pictures)
         axis.imshow(imread(folder / f"{name}.png"))
         dice = record.pictures[name]["dice"]
         step = folder.name.split("-")[0]
         axis.set_title(f"{step}: {record.method}, Dice {dice:.2f}", fontsize=8)
-        axis.axis("off")
     figure.tight_layout(pad=0.3)
     figure.savefig(file, dpi=90)
 

@@ -165,15 +165,19 @@ def test_pictures_are_scored_by_name_and_shown_beside_the_truth(tmp_path: Path) 
     assert sorted(p.stem for p in (tmp_path / "shown").iterdir()) == sorted(names)
 
 
-def test_a_figure_shows_the_runs_side_by_side(tmp_path: Path) -> None:
-    for method in ("SALT", "U-Net"):
-        (tmp_path / method).mkdir()
-        record(method, 0, 0.5).save(tmp_path / method / "record.json")
+@pytest.mark.parametrize(("runs", "size"), [(2, (540, 297)), (5, (1080, 594))])
+def test_a_figure_shows_the_runs_in_rows_of_four(
+    runs: int, size: tuple[int, int], tmp_path: Path
+) -> None:
+    for number in range(runs):
+        folder = tmp_path / f"quick-{number}"
+        folder.mkdir()
+        record("SALT", 0, 0.5).save(folder / "record.json")
         picture = np.zeros((8, 8, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(tmp_path / method / "p0.png")
-    shown(sorted(p for p in tmp_path.iterdir()), tmp_path / "both.png")
-    with Image.open(tmp_path / "both.png") as figure:
-        assert figure.size == (540, 297)
+        Image.fromarray(picture).save(folder / "p0.png")
+    shown(sorted(p for p in tmp_path.iterdir()), tmp_path / "all.png")
+    with Image.open(tmp_path / "all.png") as figure:
+        assert figure.size == size
 
 
 @pytest.mark.slow
