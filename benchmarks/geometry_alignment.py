@@ -41,9 +41,10 @@ from polyadapt.geometry3d.trajectory import ate
 from polyadapt.geometry3d.view_scores import focal_error, point_error, true_pairs
 from polyadapt.geometry3d.weights import Calibrated, Fixed
 
-EXACT, ONE, ALL, TOLD, NOISE, KNOWN = (
+EXACT, ONE, FAR, ALL, TOLD, NOISE, KNOWN = (
     "no noise",
     "20 % of one view, surer than the rest",
+    "20 % of one view, with 3/5 of its weight",
     "20 % of all views, as sure as the rest",
     "20 % of all views, half told, noise 0.02",
     "noise, mean 0.1",
@@ -52,6 +53,7 @@ EXACT, ONE, ALL, TOLD, NOISE, KNOWN = (
 CASES = {
     EXACT: Flaws(scales=0.5),
     ONE: Flaws(outliers=0.2, outlier_views=(2,), confidence=3.0, outlier_confidence=100.0),
+    FAR: Flaws(outliers=0.2, outlier_views=(2,), confidence=3.0, outlier_confidence=1000.0),
     ALL: Flaws(outliers=0.2),
     TOLD: Flaws(noise=0.02, outliers=0.2, outlier_confidence=5.0, miscalibration=0.7),
     NOISE: Flaws(noise=0.12),  # the root mean square; the mean length is 0.1
@@ -209,11 +211,14 @@ def _ratio(robust: Row, fixed: Row) -> float:
 
 ASKED = (
     Asked(EXACT, "ATE / radius, most 0.001", lambda robust, _: robust.ate, most=1e-3),
+    Asked(ONE, "ATE / radius, most 0.001", lambda robust, _: robust.ate, most=1e-3),
     Asked(ONE, "fixed ATE over robust, least 5", _ratio, least=5),
+    Asked(FAR, "ATE / radius, most 0.001", lambda robust, _: robust.ate, most=1e-3),
+    Asked(FAR, "fixed ATE over robust, least 5", _ratio, least=5),
     Asked(ALL, "fixed ATE over robust, least 5", _ratio, least=5),
     *(
         asked
-        for case in (ONE, ALL, TOLD)
+        for case in (ONE, FAR, ALL, TOLD)
         for asked in (
             Asked(case, "AUC of w, least 0.95", lambda robust, _: robust.weight_auc, least=0.95),
             Asked(case, "AUC of w less that of C, least 0", lambda r, _: _surplus(r), least=0),

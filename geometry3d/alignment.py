@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import AdaptError
-from .alignment_steps import residuals, sweep
+from .alignment_steps import reseat, residuals, sweep
 from .cameras import pose
 from .geometry import Geometry
 from .observations import Observations, observe
@@ -24,16 +24,16 @@ Progress = Callable[[int, int, float], None]  # sweeps done, of how many, the me
 STEPS, REFRESH = 100, 10
 # Residuals below this share of the median depth are rounding: mu stays above it.
 ROUNDING = 1e-5
-# Weights first fall over the mean residual beyond mu, then over this share of it at each refresh:
-# a view that starts far off would have no weight at all under the final mu, and stay there.
-NARROWING = 0.25
+# The share of the sweeps in which the width falls from the start's mean residual to rounding.
+NARROWING = 0.8
 # Of the median residual: how long a residual must be to count as a length and not as a square.
 SOFTENING = 0.3
 
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """What an alignment found: lengths in its own unit, the pairs' scales have the mean 0.5.
+    """What an alignment found, lengths in its own unit: the pairs' scales, each as much as its
+    weights, have the geometric mean 0.5.
 
     poses [n, 4, 4] (camera to world), focals [n], depths [n, h, w]; the pairs `edges` [m, 2] with
     their similarities into the world (batched over m), and for their two views the weights
@@ -76,7 +76,12 @@ def align(
 
     The papers descend with Adam (300 steps of 0.01), which leaves even an exact start. Ours, by
     choice: `steps` sweeps of `alignment_steps`, closed forms that cannot raise the cost and keep
-    an exact start exact; after `start`'s spanning tree they need no learning rate.
+    an exact start exact; after `start`'s spanning tree they need no learning rate. The cost is
+    not smooth where residuals vanish, and sweeps that move one camera or pair at a time get stuck
+    there: once most maps agree exactly, they hold the others where they are. So lengths and
+    weights are first seen through a wide `width`, which narrows in proportion from sweep to sweep
+    (graduated non-convexity): it is added to mu, and is the least softening. More sweeps narrow
+    more slowly, which is what helps where depth and focal can hardly be told apart.
 
     Raises AdaptError where the pairs do not hold all views together, or the memory not the maps.
     """
@@ -103,17 +108,17 @@ def _aligned(
     geometry = start(seen, predictions.size, focals)
     floor = ROUNDING * float(geometry.depths.median())
     mu = rule.mu if isinstance(rule, Calibrated) else None
-    typical, wide = floor, 0.0
+    typical, widest = floor, max(floor, _mean(residuals(seen, geometry), seen.initial))
     for step in range(steps):
+        width = widest * (floor / widest) ** min(1.0, step / (NARROWING * steps))
         if step % refresh == 0:
             lengths = residuals(seen, geometry)
             typical = max(_median(lengths, seen.initial), floor)
-            if step == refresh:
-                mu, wide = mu or typical, float(lengths[seen.initial > 0].mean())
-            if mu and step:
-                seen = seen.weighted(rule.refreshed(seen.initial, lengths, mu + wide))
-                wide *= NARROWING
-        sweep(seen, geometry, SOFTENING * typical, know_focals=focals is not None)
+            if step:
+                mu = mu or typical
+                seen = seen.weighted(rule.refreshed(seen.initial, lengths, mu + width))
+                reseat(seen, geometry, max(SOFTENING * typical, width), focals is not None)
+        sweep(seen, geometry, max(SOFTENING * typical, width), focals is not None)
         if progress:
             progress(step + 1, steps, typical)
     return _finished(predictions, rule, seen, geometry, mu or typical)
@@ -148,3 +153,8 @@ def _median(lengths: Tensor, weights: Tensor) -> float:
     stride = max(1, lengths.numel() // 2**20)
     some, counted = lengths.flatten()[::stride], weights.flatten()[::stride] > 0
     return float(some[counted].median()) if counted.any() else 0.0
+
+
+def _mean(lengths: Tensor, weights: Tensor) -> float:
+    """The mean length of what has weight."""
+    return float(lengths[weights > 0].mean())

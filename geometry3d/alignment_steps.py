@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.errors import AdaptError
+from .focal import focal_of
 from .geometry import Geometry
 from .observations import Observations
 from .rotations import cross_matrix, rotation_of
@@ -25,15 +27,53 @@ def sweep(seen: Observations, geometry: Geometry, softening: float, know_focals:
     parts, cost = [], geometry.depths.new_zeros(())
     for view, part in enumerate(seen.slices):
         points = seen.points[part]
-        said = geometry.similarities[seen.edge[part]].apply(points)
-        squared = (said - geometry.world(view)).square().sum(-1)
-        pull = seen.weights[part] / (squared + softening**2).sqrt()
-        cost += (pull * squared).sum()
-        total = pull.sum(0)
-        middle = (pull[..., None] * said).sum(0) / total.clamp_min(1e-30)[:, None]
-        _move_camera(geometry, view, middle, total, know_focals)
+        middle, pull, costs = _asked(seen, geometry, view, softening)
+        cost += costs
+        _move_camera(geometry, view, middle, pull.sum(0), know_focals)
         parts.append(Moments.of(points, geometry.world(view).expand_as(points), pull))
     _fit_pairs(seen, geometry, Moments.joined(parts), cost)
+
+
+def reseat(seen: Observations, geometry: Geometry, softening: float, know_focals: bool) -> None:
+    """Put cameras where a pair that begins with them has them, if that costs less, in place.
+
+    A pair's frame is its first view's camera. With weights that have fallen, the own maps tell a
+    view's focal anew: a camera that outliers had drawn off far does not find back in small steps.
+    """
+    own = seen.place[:, 0]
+    for view, part in enumerate(seen.slices):
+        mine = own[(own >= part.start) & (own < part.stop)]
+        try:
+            focal = geometry.focals[view] if know_focals else _told(seen, geometry, mine)
+        except AdaptError:  # no focal fits: the camera stays
+            continue
+        surest = seen.edge[mine[seen.weights[mine].sum(1).argmax()]]
+        frame = geometry.similarities[surest]
+        target, pull, _ = _asked(seen, geometry, view, softening)
+        weight = pull.sum(0)
+        before = (geometry.rotations[view], geometry.centres[view], geometry.focals[view])
+        after = (frame.rotation, frame.translation, focal)
+        depths, cost = _fitted(geometry, target, weight, *after)
+        if cost < _fitted(geometry, target, weight, *before)[1]:
+            _put(geometry, view, *after, torch.where(weight > 0, depths, geometry.depths[view]))
+
+
+def _told(seen: Observations, geometry: Geometry, maps: Tensor) -> Tensor:
+    """The focal that a view's own maps imply under the weights as they are now."""
+    points, weights = seen.points[maps], seen.weights[maps]
+    return focal_of(points.unflatten(1, geometry.size), weights.unflatten(1, geometry.size))
+
+
+def _asked(
+    seen: Observations, geometry: Geometry, view: int, softening: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the maps would have the view's points [p, 3], their pulls [k, p], and the cost."""
+    part = seen.slices[view]
+    said = geometry.similarities[seen.edge[part]].apply(seen.points[part])
+    squared = (said - geometry.world(view)).square().sum(-1)
+    pull = seen.weights[part] / (squared + softening**2).sqrt()
+    middle = (pull[..., None] * said).sum(0) / pull.sum(0).clamp_min(1e-30)[:, None]
+    return middle, pull, (pull * squared).sum()
 
 
 def residuals(seen: Observations, geometry: Geometry) -> Tensor:
@@ -73,18 +113,38 @@ def _move_camera(
     for share in (0.0, 1.0, 0.25):
         turned = rotation @ rotation_of(share * step[:3])
         moved = centre + rotation @ (share * step[3:6])
-        longer = focal * (share * step[6]).exp()
-        points, rays = (target - moved) @ turned, geometry.rays(longer)
-        depths = _depths(points, rays)
-        cost = float((weight * (points - depths[:, None] * rays).square().sum(-1)).sum())
+        # In proportion: a camera that backs off as its focal grows sees a plane as before, and
+        # along that valley the one is linear in the other.
+        longer = focal * (1 + share * step[6]).clamp_min(0.1)
+        depths, cost = _fitted(geometry, target, weight, turned, moved, longer)
         if cost < lowest:
             lowest = cost
-            geometry.rotations[view], geometry.centres[view] = turned, moved
-            geometry.focals[view] = longer
-            fitted = depths
+            kept = torch.where(weight > 0, depths, geometry.depths[view])
+            best = (turned, moved, longer, kept)
             if share == 1.0:
                 break
-    geometry.depths[view] = torch.where(weight > 0, fitted, geometry.depths[view])
+    _put(geometry, view, *best)
+
+
+def _fitted(
+    geometry: Geometry,
+    target: Tensor,
+    weight: Tensor,
+    rotation: Tensor,
+    centre: Tensor,
+    focal: Tensor,
+) -> tuple[Tensor, float]:
+    """The depths [p] that bring such a camera's points nearest to the target, and the cost."""
+    points, rays = (target - centre) @ rotation, geometry.rays(focal)
+    depths = _depths(points, rays)
+    return depths, float((weight * (points - depths[:, None] * rays).square().sum(-1)).sum())
+
+
+def _put(
+    geometry: Geometry, view: int, rotation: Tensor, centre: Tensor, focal: Tensor, depths: Tensor
+) -> None:
+    geometry.rotations[view], geometry.centres[view] = rotation, centre
+    geometry.focals[view], geometry.depths[view] = focal, depths
 
 
 def _depths(points: Tensor, rays: Tensor) -> Tensor:
