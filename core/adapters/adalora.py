@@ -78,17 +78,13 @@ class AdaLoRAAdapter(PairAdapter):
 
     def weight(self, w: Tensor) -> Tensor:
         """W [d_out, d_in] + s B diag(E) A, added in fp32 (fp64 for an fp64 weight)."""
-        return widened(w, self._weighted(), self.B, self.scale).to(w.dtype)
+        return widened(w, self.E[:, None] * self.A, self.B, self.scale).to(w.dtype)
 
     def output(self, x: Tensor, y: Tensor, layer: FrozenLayer) -> Tensor:
-        """y + s B (E * A) drop(x), the factors in x's dtype, the result in y's."""
+        """y + s B diag(E) A drop(x), the factors in x's dtype, the result in y's."""
         if self.drops(x):
             x = F.dropout(x, self.dropout)
-        return with_branch(x, y, layer, self._weighted(), self.B, self.scale)
-
-    def _weighted(self) -> Tensor:
-        """diag(E) A: scaling the small factor keeps no activation more than LoRA does."""
-        return self.E[:, None] * self.A
+        return with_branch(x, y, layer, self.A, self.B, self.scale, self.E)
 
     def departures(self) -> tuple[Tensor, Tensor]:
         """||A A^T - I||_F and ||B^T B - I||_F."""

@@ -20,7 +20,7 @@ from ..kernels.dora_compose import dora_compose
 from ..layers import linear
 from ..precision import widened, without_autocast
 from ..recipe import Adapter, Branch
-from .lora import LoRA, Pair, PairAdapter
+from .lora import LoRA, Pair, PairAdapter, traced
 
 if TYPE_CHECKING:
     from ..layers import FrozenLayer
@@ -40,7 +40,7 @@ def row_norm(w0: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     >>> row_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]]), torch.ones(1, 1), 2.0)
     tensor([6.4031])
     """
-    plain = _traced() or not runs_kernel(w0)
+    plain = traced() or not runs_kernel(w0)
     norm = norms.exact if plain else norms.row_norm
     return norm(w0, a, b, scale).clamp_min(SMALLEST_NORM)
 
@@ -70,7 +70,7 @@ class DoRAAdapter(PairAdapter):
         norm, dropped = self.norm(layer).to(self.m.dtype), self.drops(x)
         if x.is_floating_point():  # an embedding's x holds row numbers
             x = (F.dropout(x, self.dropout) if dropped else x).to(y.dtype)
-        if layer.kind not in ("linear", "transposed linear") or _traced():
+        if layer.kind not in ("linear", "transposed linear") or traced():
             return self._plain(x, y, norm, layer, dropped)
         constants = (norm, layer.matrix(), layer.bias, self.scale, dropped)
         result: Tensor = DoRALinear.apply(x, y, self.A, self.B, self.m, *constants)
@@ -106,7 +106,7 @@ class DoRAAdapter(PairAdapter):
             self._in_training = True  # a step may follow any time: nothing is kept before it
             return row_norm(layer.matrix(), self.A, self.B, self.scale)
         read = (layer.stored, self.A, self.B)
-        if _traced() or any(t.is_inference() for t in read):  # no versions to compare
+        if traced() or any(t.is_inference() for t in read):  # no versions to compare
             return row_norm(layer.matrix(), self.A, self.B, self.scale)
         key = tuple((t._version, t.data_ptr()) for t in read)
         cached = self._cached
@@ -130,11 +130,6 @@ class DoRAAdapter(PairAdapter):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}
-
-
-def _traced() -> bool:
-    """The compiler and torch.func follow plain operations only."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _gain(m: Tensor, norm: Tensor, y: Tensor) -> Tensor:

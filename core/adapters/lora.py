@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ..errors import AdaptError
+from ..kernels.dispatch import runs_kernel
+from ..kernels.lowrank_linear import lowrank_linear
 from ..patterns import parse
 from ..precision import widened
 from ..recipe import Adapter, Recipe, decay_groups, require, require_finite, require_rank
@@ -79,12 +81,37 @@ class LoRAAdapter(PairAdapter):
 
 
 def with_branch(
-    x: Tensor, y: Tensor, layer: FrozenLayer, a: Tensor, b: Tensor, scale: float
+    x: Tensor,
+    y: Tensor,
+    layer: FrozenLayer,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """y + s B A x, the factors in x's dtype, the result in y's."""
+    """y + s B diag(p) A x, the factors in x's dtype, the result in y's; p [r] is 1 unless given."""
+    if _fuses(x, y, layer):
+        wide = torch.promote_types(y.dtype, torch.float32)
+        p = None if weights is None else weights.to(wide)
+        return lowrank_linear(x.to(y.dtype), None, a, b, scale, base=y, weights=p)
+    a = a if weights is None else weights[:, None] * a  # the small factor: nothing more is kept
     dtype = x.dtype if x.is_floating_point() else y.dtype
     branch = layer.up(layer.down(x, a.to(dtype)), b.to(dtype))
     return torch.add(y, branch, alpha=scale).to(y.dtype)
+
+
+def _fuses(x: Tensor, y: Tensor, layer: FrozenLayer) -> bool:
+    """One kernel adds the branch, so that y is read and written once.
+
+    The compiler and torch.func follow plain operations, which the former fuses itself.
+    """
+    linear = layer.kind in ("linear", "transposed linear") and x.is_floating_point()
+    return y.is_cuda and linear and not traced() and runs_kernel(y)
+
+
+def traced() -> bool:
+    """The compiler or torch.func follows the operations."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,11 +83,11 @@ class S2LoRAAdapter(Adapter):
         return widened(w, lam[:, None] * a, b, scale).to(w.dtype)
 
     def output(self, x: Tensor, y: Tensor, layer: FrozenLayer) -> Tensor:
-        """y + s B (lam * A) drop(x), the factors in x's dtype, the result in y's."""
+        """y + s B diag(lam) A drop(x), the factors in x's dtype, the result in y's."""
         a, b, lam, scale = self.factors()
         if self.dropout > 0 and self.training and x.is_floating_point():
             x = F.dropout(x, self.dropout)
-        return with_branch(x, y, layer, lam[:, None] * a, b, scale)
+        return with_branch(x, y, layer, a, b, scale, lam)
 
     def rank(self) -> int:
         """Coefficients that are not zero."""

@@ -16,7 +16,7 @@ from .dispatch import runs_kernel
 from .plan import Order
 
 # By the bytes that are moved: partial sums of Z are written and read again, in fp32, once per 256
-# columns of dY. Up to here that is less than reading dY twice, as two products do.
+# columns of dY. That is half of dY in 16 bits at this rank, and as much as dY at the next power.
 LARGEST_ONE_PASS = 32
 # Kernels multiply fp32 exactly, without matrix units; beyond this rank a library's product wins.
 LARGEST_EXACT = 64
