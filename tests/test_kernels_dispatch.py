@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from polyadapt.core.errors import AdaptError
 from polyadapt.core.kernels import dora_compose, hadamard
 from polyadapt.core.kernels.dispatch import has_kernels, runs_kernel
 from polyadapt.tests.kernel_cases import compose_case
@@ -73,6 +74,17 @@ def test_an_old_gpu_and_a_missing_triton_are_told_once(monkeypatch: pytest.Monke
     monkeypatch.setattr(importlib.util, "find_spec", nothing)
     with pytest.warns(UserWarning, match="plain PyTorch .*: Triton is not installed"):
         assert not runs_kernel(one)
+
+
+def test_the_environment_leaves_kernels_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (9, 0))
+    one = tensor("cuda", torch.float32, 8)
+    monkeypatch.setenv("POLYADAPT_KERNELS", "0")
+    assert not runs_kernel(one)
+    has_kernels.cache_clear()
+    monkeypatch.setenv("POLYADAPT_KERNELS", "off")
+    with pytest.raises(AdaptError, match="POLYADAPT_KERNELS='off' is not known: 1 lets kernels"):
+        runs_kernel(one)
 
 
 def test_the_ops_launch_their_kernels_where_these_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import warnings
 
 import torch
@@ -14,6 +15,7 @@ from ..errors import AdaptError
 # They compute in fp32, so fp64 is left to the references.
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_GPU = (8, 0)  # the oldest that the tests compile for
+SWITCH = "POLYADAPT_KERNELS"  # in the environment: 0 leaves all kernels out
 
 
 def runs_kernel(tensor: Tensor) -> bool:
@@ -25,8 +27,15 @@ def runs_kernel(tensor: Tensor) -> bool:
 
 @functools.cache  # the notice comes once per GPU
 def has_kernels(gpu: int) -> bool:
-    """Whether Triton is installed and this GPU is one that the kernels are compiled for."""
-    why = ""
+    """Whether Triton is installed and this GPU is one that the kernels are compiled for.
+
+    Never with POLYADAPT_KERNELS=0 in the environment. Raises `AdaptError` for other than 0 and 1.
+    """
+    switch, why = os.environ.get(SWITCH, "1"), ""
+    if switch not in ("0", "1"):
+        raise AdaptError(f"{SWITCH}={switch!r} is not known: 1 lets kernels run, 0 does not")
+    if switch == "0":
+        return False
     if importlib.util.find_spec("triton") is None:
         why = "Triton is not installed"
     elif torch.version.hip is None and torch.cuda.get_device_capability(gpu) < OLDEST_GPU:
