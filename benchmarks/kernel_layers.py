@@ -1,4 +1,4 @@
-"""A DoRA layer's forward and backward as three libraries run it on a GPU, to be counted.
+"""A DoRA layer's forward and backward as three libraries run it on a GPU, to count or to time it.
 
 The published form is written here from the paper's formulas (arXiv 2603.22276): its code has no
 licence. Its fused kernels exist as counted steps alone. Biases: none, as in the models it names.
@@ -44,7 +44,7 @@ def peft(size: Size, dtype: torch.dtype = DTYPE) -> Call:
     layer = _layer(size)
     a, b = _factor(size.rank, size.d_in, dtype), _factor(size.d_out, size.rank, dtype)
     dora: Any = DoraLinearLayer(fan_in_fan_out=False)  # type: ignore[no-untyped-call]
-    dora.weight = nn.Parameter(torch.empty(size.d_out, dtype=dtype))
+    dora.weight = nn.Parameter(torch.ones(size.d_out, dtype=dtype))
     factors: dict[str, Any] = {"lora_A": a, "lora_B": b, "scaling": 1.0}
 
     def call(x: Tensor) -> Tensor:
@@ -116,7 +116,8 @@ def _compose_backward(grad: Tensor, gain: Tensor) -> tuple[tuple[Tensor, Tensor]
 def ours(size: Size) -> Call:
     """`DoRA` of this library, attached; factors and magnitude in fp32."""
     model = nn.Sequential(_layer(size))
-    attach(model, DoRA(rank=size.rank), at="0")
+    with torch.device("cpu"):  # where factors start, wherever the layer is
+        attach(model, DoRA(rank=size.rank), at="0")
     return model
 
 

@@ -1,4 +1,4 @@
-"""The fused operations on a GPU: time of each against plain PyTorch, and against the prediction.
+"""DoRA and the fused operations on a GPU: times beside PEFT's and PyTorch's and the predicted.
 
 Each call is timed by events on the GPU, its cache written over before; median and 10 to 90 %.
 Predicted are counted bytes and operations under the data sheet's peaks (`kernels_roofline`), for
@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyadapt.benchmarks.kernel_layers import DTYPE, Call, Size, counted
 from polyadapt.benchmarks.kernel_ops import Case, cases
 from polyadapt.benchmarks.kernel_traffic import Step, numberless, total
-from polyadapt.benchmarks.kernels_roofline import GPU, GPUS
+from polyadapt.benchmarks.kernels_roofline import GPU, GPUS, KINDS, SIZES
 from polyadapt.benchmarks.rounds import machine
 
 WARM = 20  # tuners try their configurations, clocks rise
@@ -109,6 +110,49 @@ def rows(case: Case, counted: tuple[Both, Both], gpu: GPU | None, repetitions: i
     return lines
 
 
+def layer_rows(size: Size, kind: str, gpu: GPU | None, device: str, repetitions: int) -> list[str]:
+    """A line for the forward, as in training, and one with the backward: gradients add up."""
+    with torch.device(device):
+        call: Call = KINDS[kind](size)
+        x = torch.randn(size.tokens, size.d_in, dtype=DTYPE, requires_grad=True)
+        arriving = torch.ones(size.tokens, size.d_out, dtype=DTYPE)
+
+    def both() -> None:
+        x.grad = None
+        call(x).backward(arriving)
+
+    steps, lines = counted(KINDS[kind], size), []
+    for at, (label, timing) in enumerate({"forward": lambda: call(x), "f. + b.": both}.items()):
+        taken = timed(timing, repetitions)
+        line = f"{size!s:22} {kind:14} {label:8} {taken!s:30}"
+        if gpu:
+            line += f" {1e3 * gpu.seconds([*steps[0], *(steps[1] if at else [])]):10.4f}"
+        lines.append(line)
+    return lines
+
+
+def print_layers(gpu: GPU | None, repetitions: int) -> None:
+    """DoRA layers; the published kernels are counted alone, nobody here has them."""
+    head = f"{'weight, rank':22} {'sequence':14} {'pass':8} {'ms':30}"
+    print(head + (f" {'pred. ms':>10}" if gpu else ""))
+    for size in SIZES:
+        for kind in KINDS:
+            if kind != "published":
+                print(*layer_rows(size, kind, gpu, "cuda", repetitions), sep="\n", flush=True)
+
+
+def print_ops(gpu: GPU | None, only: str, repetitions: int) -> None:
+    """The operations beside plain PyTorch."""
+    head = f"{'operation':68} {'pass':8} {'eager ms':30} {'ours ms':30} {'faster':>7}"
+    if gpu:
+        head += f" {'pred.':>7} {'pred. ms':>10} {'of bw.':>7}"
+    print(f"{head} {'difference':>10}")
+    counts = predicted(only)
+    for case in cases("cuda"):
+        if case.name in counts:
+            print(*rows(case, counts[case.name], gpu, repetitions), sep="\n", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repetitions", type=int, default=50)
@@ -121,14 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = next((one for one in GPUS if one.name in name), None)
     print(f"{name}, {machine('triton')}, CUDA {torch.version.cuda}")
     print(f"prediction: {gpu or 'none, this GPU is not in kernels_roofline.GPUS'}")
-    head = f"{'operation':68} {'pass':8} {'eager ms':30} {'ours ms':30} {'faster':>7}"
-    if gpu:
-        head += f" {'pred.':>7} {'pred. ms':>10} {'of bw.':>7}"
-    print(f"{head} {'difference':>10}")
-    counts = predicted(asked.only)
-    for case in cases("cuda"):
-        if case.name in counts:
-            print(*rows(case, counts[case.name], gpu, asked.repetitions), sep="\n", flush=True)
+    print_ops(gpu, asked.only, asked.repetitions)
+    if not asked.only:
+        print_layers(gpu, asked.repetitions)
     return 0
 
 

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from polyadapt.benchmarks import kernels_gpu
+from polyadapt.benchmarks.kernel_layers import Size
 from polyadapt.benchmarks.kernel_ops import Case, cases
 from polyadapt.benchmarks.kernel_traffic import Step, Traffic, numberless, total
 from polyadapt.benchmarks.kernels_cpu import peak
-from polyadapt.benchmarks.kernels_roofline import GPU
+from polyadapt.benchmarks.kernels_roofline import GPU, KINDS
 from polyadapt.core.kernels.lowrank_linear import lowrank_linear
 
 SHRINK = 256  # 16 tokens, widths 16 and 32
+SLOW = GPU("slow", bandwidth=1e9, matrix=1e12, tf32=1e12, fp32=1e12)
 SMALL = list(cases("cpu", SHRINK, torch.float32))
 
 by_case = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
@@ -90,18 +92,31 @@ def test_without_a_gpu_one_line_says_so(
     assert "needs a GPU" in line
 
 
-def test_a_line_of_the_gpu_table_has_times_prediction_and_difference(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are made, and take what the fixture says."""
+
     def timed(call: Callable[[], object], repetitions: int) -> kernels_gpu.Times:
         call()
         return kernels_gpu.Times([0.5, 1.0, 3.0])
 
     monkeypatch.setattr(kernels_gpu, "timed", timed)
+
+
+@pytest.mark.usefixtures("three_times")
+def test_a_line_of_the_gpu_table_has_times_prediction_and_difference() -> None:
     step = Step("copy", 10**6, 1)
-    gpu = GPU("small", bandwidth=1e9, matrix=1e12, tf32=1e12, fp32=1e12)
-    forward, both = kernels_gpu.rows(SMALL[0], (([step], [step]), ([step] * 2, [step] * 2)), gpu, 1)
+    both = ([step], [step]), ([step] * 2, [step] * 2)
+    forward, with_backward = kernels_gpu.rows(SMALL[0], both, SLOW, 1)
     assert "1.0000 (0.5000 to 1.0000)" in forward
     assert forward.split()[-5:-1] == ["1.00x", "2.00x", "1.0000", "100%"]
-    assert both.split()[-5:-1] == ["1.00x", "2.00x", "2.0000", "200%"]
+    assert with_backward.split()[-5:-1] == ["1.00x", "2.00x", "2.0000", "200%"]
     assert float(forward.split()[-1]) < 1e-5
+
+
+@pytest.mark.usefixtures("three_times")
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {"published"}))
+def test_a_dora_layer_is_timed_in_both_directions(kind: str) -> None:
+    forward, both = kernels_gpu.layer_rows(Size(4, 8, 16, 2), kind, SLOW, "cpu", 1)
+    assert "1.0000 (0.5000 to 1.0000)" in forward
+    assert 0 < float(forward.split()[-1]) < float(both.split()[-1])
