@@ -78,7 +78,7 @@ def shown(folders: Sequence[Path], file: Path) -> None:
     columns = min(4, len(folders))
     rows = -(-len(folders) // columns)
     figure = Figure(figsize=(3 * columns, 3.3 * rows))
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
     for axis, folder in zip(axes, folders, strict=False):

@@ -178,6 +178,8 @@ def test_a_figure_shows_the_runs_in_rows_of_four(
     shown(sorted(p for p in tmp_path.iterdir()), tmp_path / "all.png")
     with Image.open(tmp_path / "all.png") as figure:
         assert figure.size == size
+        black = (np.asarray(figure.convert("L")) < 50).sum() / (270 * 297)
+    assert black == pytest.approx(0.85 * runs, rel=0.1)  # panels
 
 
 @pytest.mark.slow
