@@ -22,6 +22,7 @@ from .asking import (
     views_of,
 )
 from .calibration import LEAST_VIEWS, calibrate, survey
+from .connected import require_connected
 from .labels import pseudo_labels, usual_cut
 from .scene_file import Scene, save_scene
 from .scene_index import features_of
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
     network, tell = views.network(), Telling()
     seen = survey(network, views.images, graph, rule, views.focals, asked.sweeps, tell)
     tell.clear()
+    require_connected(seen.predictions, views.pictures.names)
     print(f"{len(views.pictures)} images, {len(seen.predictions.edges)} pairs: {seen.diagnosis}")
     cut = usual_cut(seen.alignment) if asked.cut is None else asked.cut
     labels = pseudo_labels(seen.alignment, cut)

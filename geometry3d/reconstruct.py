@@ -19,6 +19,7 @@ from ..core.errors import AdaptError
 from ..core.store import load
 from .alignment import align
 from .asking import Views, add_network, add_pairs, backbone_of, graph_of, size_for, views_of
+from .connected import require_connected
 from .export_colmap import write_colmap
 from .export_gltf import write_glb
 from .export_ply import write_ply
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> int:
     tell = Telling()
     edges = graph_of(asked.graph, asked.reach).edges(views.images).to(views.images.device)
     found = predict(network, views.images, edges, progress=lambda *n: tell("pairs asked about", *n))
+    require_connected(found, views.pictures.names)
     alignment = align(
         found,
         rule,
