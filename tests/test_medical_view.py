@@ -81,7 +81,7 @@ def test_a_picture_and_its_mask_are_varied_together(how: Augmentation) -> None:
     seen = [varied(pixels, mask, how, (0, epoch, 0)) for epoch in range(12)]
     assert len({marked.tobytes() for _, marked in seen}) > 1
     for changed, marked in seen:
-        bright = changed[..., 0] > (int(changed.max()) + int(changed[changed > 0].min())) / 2
+        bright = changed[..., 0] > int(changed.max()) * 2 / 3  # marked is 180, the rest 60
         assert set(np.unique(marked)) == {0, 1}
         assert np.mean(bright != (marked == 1)) < (0.06 if how == "salt" else 1e-9)
 

@@ -1,19 +1,23 @@
-"""How training varies a picture and its mask together: a pure function of (seed, epoch, index)."""
+"""How training varies a picture and its mask together: a pure function of (seed, epoch, index).
+
+MONAI's transforms, with numbers that are drawn here.
+"""
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ...core.errors import AdaptError
 
 Augmentation = Literal["none", "flip", "turns", "salt"]
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.uint8]
+_BOTH = ("pixels", "mask")
 
 
 def varied(
@@ -37,18 +41,47 @@ def varied(
     """
     if how == "none":
         return pixels, mask
+    from monai.transforms.compose import Compose
+
     draw = random.Random(repr(key))  # hashed with SHA-512: neighbouring keys are unrelated
+    seen = {"pixels": pixels.transpose(2, 0, 1).astype(np.float32), "mask": mask[None]}
+    changed: dict[str, Any] = Compose(_drawn(how, draw))(seen)
+    light, marked = (np.asarray(changed[name]) for name in _BOTH)
+    light = np.clip(light, 0, 255).round().astype(np.uint8).transpose(1, 2, 0)
+    return np.ascontiguousarray(light), np.ascontiguousarray(marked[0].astype(np.uint8))
+
+
+def _drawn(how: Augmentation, draw: random.Random) -> list[Any]:
+    """MONAI's transforms with the numbers that were drawn; its own draws hang on a shared state."""
+    from monai.transforms.spatial.dictionary import Flipd, Rotate90d, Rotated
+
+    changes: list[Any] = []
     if how == "turns":
-        pixels, mask = _turned(pixels, mask, draw.randrange(4))
-        pixels = _lit(pixels, draw.uniform(0.8, 1.25), draw.uniform(0.8, 1.25))
+        changes.append(Rotate90d(_BOTH, k=draw.randrange(4)))
+        changes += _lit(draw.uniform(0.8, 1.25), draw.uniform(0.8, 1.25))
     if draw.random() < 0.5:
-        pixels, mask = pixels[:, ::-1], mask[:, ::-1]
+        changes.append(Flipd(_BOTH, spatial_axis=1))
     if how == "salt":
         if draw.random() < 0.5:
-            pixels, mask = _tilted(pixels, mask, draw.uniform(1, 10))
+            angle = -math.radians(draw.uniform(1, 10))  # against the clock
+            modes = ("bilinear", "nearest")
+            changes.append(Rotated(_BOTH, angle, mode=modes, padding_mode="zeros"))
         if draw.random() < 0.5:
-            pixels = _lit(pixels, 2 * max(0.5, draw.random()), 1.0)
-    return np.ascontiguousarray(pixels), np.ascontiguousarray(mask)
+            changes += _lit(2 * max(0.5, draw.random()), 1.0)
+    return changes
+
+
+def _lit(brightness: float, contrast: float) -> list[Any]:
+    """Contrast around the picture's mean, then brightness; MONAI's factors are what is added."""
+    from monai.transforms.intensity.array import ScaleIntensityFixedMean
+    from monai.transforms.intensity.dictionary import ScaleIntensityd
+    from monai.transforms.utility.dictionary import Lambdad
+
+    about = ScaleIntensityFixedMean(contrast - 1, preserve_range=False, fixed_mean=True)
+    return [
+        Lambdad("pixels", about),
+        ScaleIntensityd("pixels", minv=None, maxv=None, factor=brightness - 1),
+    ]
 
 
 def random_crop(
@@ -69,24 +102,3 @@ def require_known(how: str) -> None:
     if how not in get_args(Augmentation):
         allowed = ", ".join(get_args(Augmentation))
         raise AdaptError(f"augmentation={how!r} is not allowed: {allowed}")
-
-
-def _turned(pixels: Pixels, mask: Mask, quarters: int) -> tuple[Pixels, Mask]:
-    return np.rot90(pixels, quarters), np.rot90(mask, quarters)
-
-
-def _tilted(pixels: Pixels, mask: Mask, degrees: float) -> tuple[Pixels, Mask]:
-    """Turned around the middle within the same frame; what comes from outside is zero."""
-    sampling: Any = (Image.Resampling.BILINEAR, Image.Resampling.NEAREST)
-    seen, marked = (
-        np.array(Image.fromarray(np.ascontiguousarray(array)).rotate(degrees, how))
-        for array, how in zip((pixels, mask), sampling, strict=True)
-    )
-    return seen, marked
-
-
-def _lit(pixels: Pixels, brightness: float, contrast: float) -> Pixels:
-    """Contrast around the picture's mean, then brightness."""
-    mean = pixels.mean()
-    lit: NDArray[np.float64] = ((pixels - mean) * contrast + mean) * brightness
-    return np.clip(lit, 0, 255).round().astype(np.uint8)
