@@ -76,6 +76,8 @@ def condensed(complaint: str, keys: Collection[str], classes: Classes) -> str:
         (r"Group '(.+)' does not accept option '(.+)'", lambda m: _unknown(f"{m[1]}.{m[2]}", keys)),
         (r"unrecognized arguments: (?:--)?([^\s=]+)", lambda m: _unknown(m[1], keys)),
         (r"arguments are required: (.*)", lambda m: _missing(key, inside, m[1])),
+        (r"'NoneType' is not iterable", lambda m: "class_path: null is not allowed: a class"),
+        (r"'NoneType' object has no attribute 'keys'", lambda m: _no_settings(key, inside)),
         (r"Unexpected config:", lambda m: "the configuration is empty, or not keys with values"),
     ]
     if found := re.search(f"^[ -]*(.*{REFUSED})", complaint, re.MULTILINE):
@@ -115,6 +117,12 @@ def _missing(key: str, inside: list[str], names: str) -> str:
     if inside:
         return f"{key}: {inside[-1].rpartition('.')[2]} needs {names}"
     return f"the configuration lacks {names}: give --config FILE, or the keys themselves"
+
+
+def _no_settings(key: str, inside: list[str]) -> str:
+    cls = inside[-1].rpartition(".")[2] if inside else "a class"
+    place = f"{key}: " if key else ""
+    return f"{place}init_args of {cls}: null is not allowed: its settings, or leave it out"
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

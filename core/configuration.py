@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from .adapters import recipes
 from .complaints import in_one_line
 from .errors import AdaptError
+from .nulls import refuse_chosen, refuse_nulls
 from .recipe import Recipe
 from .run_files import RunFiles
 from .run_folder import CONFIG, LAST, StartOfRun
@@ -155,7 +156,11 @@ class DomainCLI(LightningCLI):
             raise AdaptError(f"trainer: {said!r} is not allowed: settings such as max_epochs: 10")
         if self.config.get("set") != self.set_file:
             raise AdaptError("`set` belongs on the command line: --set FILE")
-        if self.set_file is not None:
+        given = self.config.as_dict()
+        refuse_chosen(given["data"], "data")
+        if self.set_file is None:
+            refuse_nulls(given["model"], self.domain.task, "model")
+        else:
             self._refuse_another_backbone(self.config.model, self.set_file)
         if self.config.ckpt_path is not None:
             _require_checkpoint(Path(self.config.ckpt_path))

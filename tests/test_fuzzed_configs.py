@@ -113,6 +113,18 @@ def test_what_is_built_of_changed_values_works_or_is_refused_in_one_line(
     outcome(case, data.draw(values(case)))
 
 
+@pytest.mark.slow
+@every_domain
+def test_a_null_in_any_place_works_or_is_refused_in_one_line(case: Case) -> None:
+    lines = []
+    for number in range(len(list(places(case.configuration())))):
+        made = case.configuration()
+        place, key = list(places(made))[number]
+        place[key] = None
+        lines.append(outcome(case, yaml.safe_dump(made)))
+    assert sum("null is not allowed" in line for line in lines) >= 10
+
+
 @every_domain
 @pytest.mark.parametrize(
     ("key", "value", "line"),
@@ -154,7 +166,7 @@ def test_options_that_leave_a_parameter_empty_are_refused_by_its_name(
 def test_options_that_are_null_are_refused_by_their_name(domain: str) -> None:
     case = CASES[domain]
     line = outcome(case, with_value(case, case.options, None))
-    assert line.endswith(": options is a dict, not None")
+    assert line == "model.backbone.options: null is not allowed: dict[str, Any]"
 
 
 def test_a_setting_of_a_wrong_type_that_transformers_refuses_is_one_line() -> None:
