@@ -18,10 +18,11 @@ from .errors import AdaptError
 def refuse_nulls(settings: Mapping[str, Any], cls: type, key: str) -> None:
     """Raise `AdaptError` for a null among the settings of a class, or of what they choose.
 
-    >>> from .adapters import LoRA
+    >>> from .adapters.lora import LoRA
     >>> refuse_nulls({"rank": 4, "alpha": None}, LoRA, "model.adapter")
     >>> refuse_nulls({"rank": None}, LoRA, "model.adapter")
     Traceback (most recent call last):
+        ...
     polyadapt.core.errors.AdaptError: model.adapter.rank: null is not allowed: int
     """
     for name, value in settings.items():
