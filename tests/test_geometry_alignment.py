@@ -18,6 +18,8 @@ from polyadapt.geometry3d.view_scores import point_error, true_pairs
 from polyadapt.geometry3d.weights import Calibrated, Fixed
 from polyadapt.tests.geometry_cases import FOCAL, all_pairs, auc, small_scene
 
+pytestmark = pytest.mark.slow
+
 
 def _ate(found: Alignment, scene: Reconstruction) -> float:
     """Of the camera centres, as a share of the scene's radius, after a similarity."""

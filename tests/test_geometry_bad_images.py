@@ -17,6 +17,8 @@ from polyadapt.geometry3d.pointmaps import Pair
 from polyadapt.geometry3d.predictions import Predictions
 from polyadapt.geometry3d.scenes.camouflage import camouflaged
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., tuple[int, str, str]]
 WORDS = ("--backbone", "small", "--focal", "64", "--sweeps", "3")
 

@@ -12,6 +12,8 @@ from polyadapt.geometry3d.trajectory import ate
 from polyadapt.geometry3d.weights import Calibrated
 from polyadapt.tests.geometry_cases import all_pairs, small_scene
 
+pytestmark = pytest.mark.slow
+
 
 def _with_nonsense(said: Predictions, wrong: list[int]) -> Predictions:
     """Some pairs say, as surely as the others, what has nothing to do with the scene."""
