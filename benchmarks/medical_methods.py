@@ -42,7 +42,7 @@ RATES: Mapping[str, float] = {
     "S-SAM": 1e-3,
     "BitFit": 1e-3,
     "LoRA r256": 1e-3,
-    "full": 1e-4,
+    "full": 3e-4,
 }
 SAM_METHODS = tuple(RATES)
 
