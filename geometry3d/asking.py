@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,9 +16,12 @@ from ..core.errors import AdaptError
 from ..core.images.classifying import image_files
 from .backbones import Backbone, Dust3rCheckpoint, RandomDust3r, SmallPointmaps
 from .calibration import Schedule
+from .connected import one_scene
 from .graph import Complete, Graph, Retrieval, Window
 from .pictures_in import Part, Pictures, read_pictures
 from .pointmaps import PointmapNetwork
+from .predictions import Predictions, predict
+from .telling import Telling
 from .weights import Calibrated
 
 Size = tuple[int, int]
@@ -61,6 +65,19 @@ def views_of(
     known, backbone = known_focals(backbone, focal, pictures.parts)
     focals = None if known is None else known.to(device)
     return Views(pictures, pictures.images.to(device), focals, backbone)
+
+
+def ask(network: PointmapNetwork, views: Views, graph: Graph, tell: Telling) -> Predictions:
+    """What the network says of the graph's pairs, if the images make one scene; see `one_scene`."""
+    edges = graph.edges(views.images).to(views.images.device)
+    told = partial(tell, "pairs asked about")
+    every = predict(network, views.images, edges, progress=told)
+    tell.clear()
+    found = one_scene(every, views.images, views.pictures.names, views.focals)
+    if len(found.edges) < len(every.edges):
+        lost = len(every.edges) - len(found.edges)
+        print(f"left out: {lost} of {len(every.edges)} pairs, taken from one place")
+    return found
 
 
 def known_focals(

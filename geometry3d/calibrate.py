@@ -14,6 +14,7 @@ from .asking import (
     add_network,
     add_pairs,
     add_training,
+    ask,
     backbone_of,
     graph_of,
     rule_of,
@@ -21,8 +22,7 @@ from .asking import (
     size_for,
     views_of,
 )
-from .calibration import LEAST_VIEWS, calibrate, survey
-from .connected import require_connected
+from .calibration import LEAST_VIEWS, calibrate, surveyed
 from .labels import pseudo_labels, usual_cut
 from .scene_file import Scene, save_scene
 from .scene_index import features_of
@@ -42,9 +42,9 @@ def main(argv: list[str]) -> int:
         asked.images, backbone, size, asked.focal, asked.device, asked.limit, least=least
     )
     network, tell = views.network(), Telling()
-    seen = survey(network, views.images, graph, rule, views.focals, asked.sweeps, tell)
+    said = ask(network, views, graph, tell)
+    seen = surveyed(views.images, said, rule, views.focals, asked.sweeps, tell)
     tell.clear()
-    require_connected(seen.predictions, views.pictures.names)
     print(f"{len(views.pictures)} images, {len(seen.predictions.edges)} pairs: {seen.diagnosis}")
     cut = usual_cut(seen.alignment) if asked.cut is None else asked.cut
     labels = pseudo_labels(seen.alignment, cut)

@@ -89,6 +89,18 @@ def survey(
     """
     edges = (graph or Complete()).edges(images).to(images.device)
     found = predict(network, images, edges, progress=_of(tell, "pairs asked about"))
+    return surveyed(images, found, rule, focals, steps, tell)
+
+
+def surveyed(
+    images: Tensor,
+    found: Predictions,
+    rule: Calibrated | None = None,
+    focals: Tensor | None = None,
+    steps: int = STEPS,
+    tell: Tell | None = None,
+) -> Survey:
+    """`survey` from what a network said, so that pairs may be left out before."""
     aligning = (lambda done, of, _: tell("sweeps of alignment", done, of)) if tell else None
     alignment = align(found, rule, steps=steps, focals=focals, progress=aligning)
     return Survey(images, found, alignment, diagnose(found, alignment))

@@ -42,6 +42,10 @@ class Predictions:
         """The same on another device, where an alignment then runs."""
         return Predictions(self.edges.to(device), Pair(*(part.to(device) for part in self.pair)))
 
+    def only(self, chosen: Tensor) -> Predictions:
+        """Some of the pairs: indices, or a bool for each."""
+        return Predictions(self.edges[chosen], Pair(*(part[chosen] for part in self.pair)))
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of every view."""

@@ -18,14 +18,21 @@ from ..core.cli import OneLineParser
 from ..core.errors import AdaptError
 from ..core.store import load
 from .alignment import align
-from .asking import Views, add_network, add_pairs, backbone_of, graph_of, size_for, views_of
-from .connected import require_connected
+from .asking import (
+    Views,
+    add_network,
+    add_pairs,
+    ask,
+    backbone_of,
+    graph_of,
+    size_for,
+    views_of,
+)
 from .export_colmap import write_colmap
 from .export_gltf import write_glb
 from .export_ply import write_ply
 from .pictures_in import Part
 from .pointmaps import PointmapNetwork
-from .predictions import predict
 from .reconstruction import Reconstruction
 from .scene_file import Scene, read_scene
 from .scene_index import SceneIndex
@@ -40,9 +47,7 @@ def main(argv: list[str]) -> int:
     _check(asked)
     views, network, rule = _ready(asked)
     tell = Telling()
-    edges = graph_of(asked.graph, asked.reach).edges(views.images).to(views.images.device)
-    found = predict(network, views.images, edges, progress=lambda *n: tell("pairs asked about", *n))
-    require_connected(found, views.pictures.names)
+    found = ask(network, views, graph_of(asked.graph, asked.reach), tell)
     alignment = align(
         found,
         rule,

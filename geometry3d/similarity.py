@@ -92,7 +92,7 @@ class Moments:
         total = self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)
         x, y = self.source / total[..., None], self.target / total[..., None]
         between = self.product - total[..., None, None] * y[..., :, None] * x[..., None, :]
-        rotation, along = _turn(between)
+        rotation, along = turn_between(between)
         spread = self.square - total * x.square().sum(-1)
         scale = (along + (along.square() + 4 * pull * spread).sqrt()) / (2 * spread)
         if not scaled:
@@ -101,7 +101,7 @@ class Moments:
         return Similarity(scale, rotation, y - scale[..., None] * moved)
 
 
-def _turn(between: Tensor) -> tuple[Tensor, Tensor]:
+def turn_between(between: Tensor) -> tuple[Tensor, Tensor]:
     """The rotation R with the largest trace(R^T M), and that trace."""
     U, S, Vh = torch.linalg.svd(between.double())
     sign = torch.ones_like(S)

@@ -51,14 +51,17 @@ def camouflaged(
     size: tuple[int, int] = (48, 64),
     focal: float | None = None,
     shift: Shift = NONE,
+    poses: Tensor | None = None,
 ) -> Reconstruction:
     """A heightfield (even seeds) or boxes before a wall (odd seeds), under one noise texture.
 
     The surface is about 1 away. The views' pairs overlap by 0.2 to 1 (in a scene much or little,
     as drawn), their baselines are 0.05 to 0.6, in an orbit to 1.2; focal None: the image's width
-    (53 degrees). A shift of the light leaves the scene of a seed as it is.
+    (53 degrees). A shift of the light leaves the scene of a seed as it is. `poses` [views, 4, 4]:
+    the cameras, in place of drawn ones.
 
-    Raises AdaptError for no views, a focal below half the longer side, and more views than fit.
+    Raises AdaptError for no views, a focal below half the longer side, more views than fit, and
+    poses of another number.
 
     >>> scene = camouflaged(3)
     >>> scene.images.shape, scene.names[0]
@@ -70,10 +73,13 @@ def camouflaged(
             f"{views} views of {size[1]}x{size[0]} pixels with a focal of {length:g}: at least one"
             " view and half the longer side are wanted"
         )
+    if poses is not None and len(poses) != views:
+        raise AdaptError(f"{len(poses)} poses are given for {views} views")
     draw = Draw("camouflaged", seed)
     shape = _boxes(draw) if seed % 2 else _heightfield(draw)
     tile = _tile(draw)
-    poses = _cameras(draw, shape, views, length / size[1], size[0] / size[1], shift.arc)
+    if poses is None:
+        poses = _cameras(draw, shape, views, length / size[1], size[0] / size[1], shift.arc)
     depth, across, down = shape(rays_of(poses, length, size))
     colours = shift.level * colour_at(tile, 0, across, down)
     if shift.noise:
