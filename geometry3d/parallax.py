@@ -165,8 +165,9 @@ def _step(one: Tensor, there: Tensor, seen: Tensor, motion: Tensor) -> Tensor:
     square = pulls @ change
     ridge = 1e-6 * (1 + square.diagonal(dim1=-2, dim2=-1).sum(-1))  # for images without texture
     square = square + torch.diag_embed(ridge[:, None].expand(-1, 3))
-    step = -torch.linalg.solve(square, pulls @ wrong.flatten(1)[..., None])[..., 0]
-    return F.normalize(step, dim=-1) * step.norm(dim=-1, keepdim=True).clamp_max(LONGEST)
+    step: Tensor = -torch.linalg.solve(square, pulls @ wrong.flatten(1)[..., None])[..., 0]
+    length: Tensor = step.norm(dim=-1, keepdim=True)
+    return step * length.clamp_max(LONGEST) / length.clamp_min(1e-9)
 
 
 def _left(one: Tensor, there: Tensor, seen: Tensor) -> Tensor:

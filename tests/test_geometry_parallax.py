@@ -22,6 +22,8 @@ from polyadapt.geometry3d.reconstruction import Reconstruction
 from polyadapt.geometry3d.rotations import rotation_of
 from polyadapt.geometry3d.scenes.camouflage import NIGHT, NONE, Shift, camouflaged
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., tuple[int, str, str]]
 HERE = torch.zeros(3)
 SEEDS = (60, 61, 62, 63)  # heightfields and boxes
@@ -148,7 +150,6 @@ def reconstruct(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [40, 41, 44])
 def test_the_small_network_is_not_asked_to_make_a_scene_of_turns(
     seed: int, reconstruct: Run, tmp_path: Path
@@ -161,7 +162,6 @@ def test_the_small_network_is_not_asked_to_make_a_scene_of_turns(
     assert not (tmp_path / "found").exists()
 
 
-@pytest.mark.slow
 def test_images_that_differ_by_noise_are_refused(reconstruct: Run) -> None:
     one = seen_from(44, camera((0, 0, 0))).images
     noise = 0.01 * torch.randn(3, *one.shape[1:], generator=torch.Generator().manual_seed(0))
@@ -170,7 +170,6 @@ def test_images_that_differ_by_noise_are_refused(reconstruct: Run) -> None:
     assert "show no parallax" in err
 
 
-@pytest.mark.slow
 def test_a_scene_with_two_images_from_one_place_is_reconstructed_without_their_pair(
     reconstruct: Run,
 ) -> None:
