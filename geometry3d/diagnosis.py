@@ -50,11 +50,12 @@ class Diagnosis:
         return 1 - 1 / math.hypot(1, self.ratio)
 
     def __str__(self) -> str:
+        spread = f"spread over partners {self.spread:.3f}"
+        if not self.known and not self.bias:
+            return f"{spread}, common bias not seen beside it: no gain can be predicted"
         source = "against the truth" if self.known else "as far as views contradict each other"
-        text = (
-            f"spread over partners {self.spread:.3f}, common bias {self.bias:.3f} ({source}): "
-            f"predicted gain {self.predicted_gain:.0%}"
-        )
+        gain = f"predicted gain {self.predicted_gain:.0%}"
+        text = f"{spread}, common bias {self.bias:.3f} ({source}): {gain}"
         if self.ratio >= TOO_LOW:
             return text
         return f"{text}; spread/bias below {TOO_LOW} leaves calibration little to learn from"

@@ -45,4 +45,7 @@ def test_the_gain_follows_the_rule_and_a_low_ratio_is_said() -> None:
     assert alike.predicted_gain < 0.001
     assert "contradict each other" in str(alike)
     assert "below 0.3 leaves calibration little to learn from" in str(alike)
+    hidden = Diagnosis(spread=0.1, bias=0.0, known=False)
+    assert str(hidden).endswith("common bias not seen beside it: no gain can be predicted")
+    assert "predicted gain 100%" in str(Diagnosis(spread=0.1, bias=0.0, known=True))
     assert Diagnosis(spread=0.1, bias=0.0, known=False).predicted_gain == 1
