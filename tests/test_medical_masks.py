@@ -72,6 +72,19 @@ def test_transparency_is_the_mask_only_where_the_colour_says_nothing(tmp_path: P
     assert read_mask(saved(tmp_path, nothing)).sum() == 0
 
 
+def test_transparency_of_greys_and_of_palettes_is_a_mask_too(tmp_path: Path) -> None:
+    for grey in (0, 255):
+        values = np.stack([np.full_like(MASK, grey), MASK * np.uint8(255)], axis=-1)
+        assert np.array_equal(read_mask(saved(tmp_path, values)), MASK)
+    palette = Image.fromarray(MASK, mode=None)
+    palette.putpalette([255] * 6)
+    palette.save(tmp_path / "p.png", transparency=0)
+    assert np.array_equal(read_mask(File.at(tmp_path / "p.png")), MASK)
+    assert read_picture(File.at(tmp_path / "p.png")).pixels.min() == 255
+    drawn = np.stack([MASK * np.uint8(255), np.full_like(MASK, 200)], axis=-1)
+    assert np.array_equal(read_mask(saved(tmp_path, drawn)), MASK)
+
+
 def test_an_empty_mask_and_a_full_one_are_right(tmp_path: Path) -> None:
     assert read_mask(saved(tmp_path, MASK * np.uint8(0))).sum() == 0
     assert read_mask(saved(tmp_path, np.full((2, 3), 255, dtype=np.uint8))).sum() == 6
@@ -100,7 +113,9 @@ def test_labels_with_one_for_what_is_to_be_ignored_are_no_blurred_mask(tmp_path:
 
 def test_an_empty_file_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
-    assert refused(File.at(tmp_path / "a.png")).endswith("a.png: it is empty, or no image")
+    assert refused(File.at(tmp_path / "a.png")).endswith(
+        "it is empty, or no image that can be read"
+    )
 
 
 def test_a_photograph_is_no_mask(tmp_path: Path) -> None:
@@ -223,6 +238,20 @@ def test_a_mask_of_another_spacing_is_refused(tmp_path: Path) -> None:
     mask = as_nifti(tmp_path / "m.nii", np.eye(4), spacing=(1, 2))
     said = refused(mask, of=read_picture(scan))
     assert "has pixels of 2 x 1 mm, its picture of 1 x 1 mm" in said
+
+
+def test_a_mask_that_is_stored_mirrored_is_refused(tmp_path: Path) -> None:
+    import nibabel
+
+    scan = as_nifti(tmp_path / "v.nii", np.eye(4))
+    mirrored = nibabel.Nifti1Image(np.eye(4)[::-1], np.diag([-1.0, 1, 1, 1]))
+    nibabel.save(mirrored, tmp_path / "m.nii")
+    mask = File.at(tmp_path / "m.nii")
+    said = refused(mask, of=read_picture(scan))
+    assert "m.nii has axes that run LAS, its picture RAS" in said
+    assert read_mask(mask, of=read_picture(mask)).sum() == 4
+    nibabel.save(nibabel.Nifti1Image(np.eye(4), None), tmp_path / "m.nii")  # says nothing of it
+    assert read_mask(mask, of=read_picture(scan)).sum() == 4
 
 
 def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:

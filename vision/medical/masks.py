@@ -27,10 +27,14 @@ _NEAR, _MANY, _AROUND, _BORDERS = 24, 64, 4, 0.15
 
 @dataclass(frozen=True)
 class Picture:
-    """Colours uint8 [h, w, 3] and the distance of pixels, down and across, in mm where known."""
+    """Colours uint8 [h, w, 3] and the distance of pixels, down and across, in mm where known.
+
+    `axes` is where the axes of a NIfTI file run in the patient, such as RAS, where it says so.
+    """
 
     pixels: Pixels
     spacing: Spacing | None = None
+    axes: str | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -51,29 +55,31 @@ def read_picture(file: File, window: tuple[float, float] | None = None) -> Pictu
     """
     if window is not None and not window[0] < window[1]:
         raise AdaptError(f"window={window} is not allowed: low, then high")
-    values, spacing = _values(file)
+    values, spacing, axes = _values(file)
     if values.dtype != np.uint8 or window is not None:
         values = _to_bytes(values, window, file)
     if values.ndim == 2:
         values = np.repeat(values[..., None], 3, axis=-1)
-    return Picture(np.ascontiguousarray(values[..., :3]), spacing)
+    return Picture(np.ascontiguousarray(values[..., :3]), spacing, axes)
 
 
 def read_mask(file: File, of: Picture | None = None, labels: tuple[int, ...] = ()) -> Mask:
     """uint8 [h, w]: 1 where the mask's file marks the structure, else 0.
 
     Two values are background (0, or black) and structure, whatever the second one is: 0/1, 0/255,
-    black and one colour. In an RGBA file of one colour the transparency is the mask. A JPEG's
+    black and one colour. In a file of one colour that has transparency this is the mask. A JPEG's
     values in between are cut at the half. More values are labels of several structures: name those
-    that count in `labels`. `of` is the picture that it belongs to: same size, same spacing.
+    that count in `labels`. `of` is the picture that it belongs to: same size, spacing and axes.
 
-    Raises `AdaptError` for another size or spacing than the picture's and for values that do not
-    tell what is marked. A mask without any structure is right: scores count it apart.
+    Raises `AdaptError` for another size, spacing or way of the axes than the picture's and for
+    values that do not tell what is marked. A mask without any structure is right: scores count it
+    apart.
     """
-    values, spacing = _values(file, mask=True)
+    values, spacing, axes = _values(file, mask=True)
     mask = _binary(_one_channel(values, file), file, labels)
     if of is not None:
         _require_same(file, mask, spacing, of)
+        _require_same_axes(file, axes, of)
     return mask
 
 
@@ -91,6 +97,15 @@ def _require_same(file: File, mask: Mask, spacing: Spacing | None, of: Picture) 
         )
 
 
+def _require_same_axes(file: File, axes: str | None, of: Picture) -> None:
+    """What is stored mirrored or turned would mark other places of the picture."""
+    if axes and of.axes and axes != of.axes:
+        raise AdaptError(
+            f"the mask {file} has axes that run {axes}, its picture {of.axes} (NIfTI's letters):"
+            " store both the same way"
+        )
+
+
 def _mm(spacing: Spacing) -> str:
     return f"{spacing[0]:g} x {spacing[1]:g} mm"
 
@@ -98,10 +113,10 @@ def _mm(spacing: Spacing) -> str:
 # Values of a file
 
 
-def _values(file: File, mask: bool = False) -> tuple[Values, Spacing | None]:
-    """[h, w] or [h, w, 3] or, of a mask, [h, w, 4]."""
+def _values(file: File, mask: bool = False) -> tuple[Values, Spacing | None, str | None]:
+    """[h, w] or [h, w, 3] or, of a mask, [h, w, 4]; the spacing and the axes."""
     if file.suffix in PLAIN:
-        return _plain(file, mask), None
+        return _plain(file, mask), None, None
     if not file.suffix:
         raise AdaptError(f"{file}: of no kind that is read; known are {', '.join(PLAIN)}, ...")
     return read_scan(file)
@@ -123,7 +138,9 @@ def _plain(file: File, mask: bool) -> Values:
     except AdaptError:
         raise
     except UnidentifiedImageError as error:  # whose own words are of our buffer
-        raise AdaptError(f"cannot read the image {file}: it is empty, or no image") from error
+        raise AdaptError(
+            f"cannot read the image {file}: it is empty, or no image that can be read"
+        ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise AdaptError(f"cannot read the image {file}: {error}") from error
 
@@ -133,10 +150,10 @@ def _array(image: Image.Image, mask: bool) -> Values:
         return np.array(image, dtype=np.uint8) * np.uint8(255)
     if image.mode.startswith(("I", "F")):
         return np.array(image)
+    if mask and (image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info):
+        return np.array(image.convert("RGBA"))
     if image.mode in ("L", "LA"):
         return np.array(image.convert("L"))
-    if mask and image.mode == "RGBA":
-        return np.array(image)
     # A palette becomes its colours; a large photograph is not copied for nothing.
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 

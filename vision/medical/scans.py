@@ -17,28 +17,30 @@ from .files import NIFTI, PLAIN, File
 
 Values = NDArray[Any]
 Spacing = tuple[float, float]
+Scan = tuple[Values, Spacing | None, str | None]  # [h, w, layers] or [h, w, layers, 3]
 
 _MILLIMETRES = {"meter": 1e3, "micron": 1e-3}  # what NIfTI leaves open is taken as mm
 
 
-def read_scan(file: File) -> tuple[Values, Spacing | None]:
-    """Values [h, w] or [h, w, 3] as stored, and the distance of pixels, down and across, in mm.
+def read_scan(file: File) -> tuple[Values, Spacing | None, str | None]:
+    """Values [h, w] or [h, w, 3] as stored, the distance of pixels, down and across, in mm, axes.
 
     NIfTI: the second axis of the file goes down and the first one across, and `layer` counts along
     the third one; it is not turned into a standard orientation, so that a mask that is written
-    back lies where it was. DICOM: rows and columns after its slope and intercept (Hounsfield units
-    in CT), MONOCHROME1 turned to bright on dark, `layer` counts its frames.
+    back lies where it was; axes say where the file's run in the patient, such as RAS, None where
+    it does not. DICOM: rows and columns after its slope and intercept (Hounsfield units in CT),
+    MONOCHROME1 turned to bright on dark, `layer` counts its frames.
 
     Raises `AdaptError` for a file that cannot be read, a spacing that is no length, a volume
     without `layer` and a `layer` that it does not have.
     """
-    values, spacing = _opened(file)
+    values, spacing, axes = _opened(file)
     layers = values.shape[2]
     if file.layer is None and layers != 1:
         raise AdaptError(f"{file} is a volume of {layers} slices: say which one")
     if not 0 <= (file.layer or 0) < layers:
         raise AdaptError(f"{file}: there are slices 0 to {layers - 1}")
-    return values[:, :, file.layer or 0], spacing
+    return values[:, :, file.layer or 0], spacing, axes
 
 
 def layers_of(file: File) -> int:
@@ -46,7 +48,7 @@ def layers_of(file: File) -> int:
     return 1 if file.suffix in PLAIN else int(_opened(file)[0].shape[2])
 
 
-def _opened(file: File) -> tuple[Values, Spacing | None]:
+def _opened(file: File) -> Scan:
     try:
         return _volume(file.path, file.path.stat().st_mtime_ns)
     except OSError as error:
@@ -55,11 +57,11 @@ def _opened(file: File) -> tuple[Values, Spacing | None]:
 
 # A volume is decompressed as a whole: its slices are usually asked for one after another.
 @lru_cache(maxsize=2)
-def _volume(path: Path, changed: int) -> tuple[Values, Spacing | None]:
+def _volume(path: Path, changed: int) -> Scan:
     """[h, w, layers] or [h, w, layers, 3]."""
     read = _nifti if path.name.lower().endswith(NIFTI) else _dicom
     try:
-        values, spacing = read(path)
+        values, spacing, axes = read(path)
     except AdaptError:
         raise
     except _unreadable() as error:
@@ -69,7 +71,7 @@ def _volume(path: Path, changed: int) -> tuple[Values, Spacing | None]:
         raise AdaptError(f"{path} holds {values.dtype} {list(values.shape)}: no plain numbers")
     if spacing is not None and not (np.isfinite(spacing).all() and min(spacing) > 0):
         raise AdaptError(f"{path} says that its pixels are {spacing[0]:g} x {spacing[1]:g} mm")
-    return values, spacing
+    return values, spacing, axes
 
 
 def _unreadable() -> tuple[type[Exception], ...]:
@@ -82,7 +84,8 @@ def _unreadable() -> tuple[type[Exception], ...]:
     return (*own, OSError, EOFError, ValueError, RuntimeError)
 
 
-def _nifti(path: Path) -> tuple[Values, Spacing | None]:
+def _nifti(path: Path) -> Scan:
+    import nibabel
     from monai.data.image_reader import NibabelReader
 
     reader = NibabelReader()
@@ -93,10 +96,13 @@ def _nifti(path: Path) -> tuple[Values, Spacing | None]:
     if values.ndim not in (2, 3):
         raise AdaptError(f"{path} has {values.ndim} axes: slices of two or three are read")
     swapped = values.swapaxes(0, 1)
-    return swapped.reshape(*swapped.shape[:2], -1), (down, across)
+    # Without either code the file does not say where it lies.
+    says = int(opened.header["sform_code"]) or int(opened.header["qform_code"])
+    axes = "".join(letter or "?" for letter in nibabel.aff2axcodes(opened.affine)) if says else None
+    return swapped.reshape(*swapped.shape[:2], -1), (down, across), axes
 
 
-def _dicom(path: Path) -> tuple[Values, Spacing | None]:
+def _dicom(path: Path) -> Scan:
     from monai.data.image_reader import PydicomReader
 
     reader = PydicomReader(swap_ij=False)
@@ -110,4 +116,4 @@ def _dicom(path: Path) -> tuple[Values, Spacing | None]:
     spacing = opened.get("PixelSpacing") or opened.get("ImagerPixelSpacing")
     frames = int(opened.get("NumberOfFrames") or 1)
     values = np.moveaxis(values, 0, 2) if frames > 1 else values[:, :, None]
-    return values, (float(spacing[0]), float(spacing[1])) if spacing else None
+    return values, (float(spacing[0]), float(spacing[1])) if spacing else None, None
