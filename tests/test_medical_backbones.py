@@ -25,7 +25,7 @@ from polyadapt.vision.medical.backbones import (
 from polyadapt.vision.medical.lite_medsam import WindowAttention, our_weights, untrained
 from polyadapt.vision.medical.official_names import transformers_name
 from polyadapt.vision.medical.sam import SegmentAnything
-from polyadapt.vision.medical.sam_sizes import resize, set_prompt_size
+from polyadapt.vision.medical.sam_sizes import absolute, relative, resize, set_prompt_size
 from polyadapt.vision.medical.transformers_sam import from_official
 from polyadapt.vision.medical.view import View
 
@@ -147,6 +147,15 @@ def test_resampled_positions_are_read_at_the_same_places_of_the_scene() -> None:
     off = (small - wave(GRID // 2)).abs().max()
     assert off < 0.05
     assert (wave(GRID)[: GRID // 2, : GRID // 2] - wave(GRID // 2)).abs().max() > 10 * off
+
+
+def test_resampled_tables_are_rounded_once_lest_machines_find_others() -> None:
+    """A set of the decoder alone names all frozen weights by their bits."""
+    torch.manual_seed(0)
+    wide = torch.randn(1, 14, 14, 8)
+    assert torch.equal(absolute(wide, 9), absolute(wide.double(), 9).float())
+    assert torch.equal(relative(wide[0, 0], 5), relative(wide[0, 0].double(), 5).float())
+    assert absolute(wide.half(), 9).dtype == torch.float16
 
 
 @torch.no_grad()

@@ -54,16 +54,21 @@ def set_prompt_size(sam: SegmentAnything, img_size: int, grid: int) -> None:
     sam.prompt_encoder.image_embedding_size = (grid, grid)
 
 
+# In fp64, then rounded: another machine all but surely resamples to the same bits, so that a
+# file which names the frozen weights by their bits fits there, too.
+
+
 def absolute(table: Tensor, grid: int) -> Tensor:
     """Positions [1, g, g, c] -> [1, grid, grid, c]."""
-    planes = table.detach().permute(0, 3, 1, 2)
+    planes = table.detach().double().permute(0, 3, 1, 2)
     resampled = F.interpolate(planes, (grid, grid), mode="bicubic", antialias=True)
-    return resampled.permute(0, 2, 3, 1)
+    return resampled.permute(0, 2, 3, 1).to(table.dtype)
 
 
 def relative(table: Tensor, grid: int) -> Tensor:
     """Relative positions [2 g - 1, c] -> [2 grid - 1, c]; the middle, no distance, stays."""
-    return F.interpolate(table.detach().T[None], 2 * grid - 1, mode="linear")[0].T
+    lines = table.detach().double().T[None]
+    return F.interpolate(lines, 2 * grid - 1, mode="linear")[0].T.to(table.dtype)
 
 
 def _frozen_like(old: Tensor, new: Tensor) -> nn.Parameter:
