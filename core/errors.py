@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 
 class AdaptError(ValueError):
     """Something that was asked cannot be done; the message is one line that names cause and mend.
@@ -23,3 +25,13 @@ class StoreError(AdaptError):
 
 class ReplayError(AdaptError):
     """A recomputed forward cannot tell which adapter sets its first forward used."""
+
+
+def require_word(setting: str, value: object, words: object) -> None:
+    """Refuse a value that is none of the words of a `Literal`.
+
+    >>> from typing import Literal
+    >>> require_word("order", "rows", Literal["rows", "columns"])
+    """
+    if value not in (allowed := get_args(words)):
+        raise AdaptError(f"{setting}={value!r} is not allowed: {', '.join(allowed)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from lightning.pytorch import Trainer
 from torch import Generator
@@ -16,13 +16,6 @@ from ..core.prefix_cache import PrefixCache
 from ..core.run_files import RunFiles
 
 Keep = Literal["none", "memory", "disk"]
-
-
-def require_kind(cache_prefix: object) -> None:
-    """Refuse a place that there is not."""
-    if cache_prefix not in get_args(Keep):
-        allowed = ", ".join(get_args(Keep))
-        raise AdaptError(f"cache_prefix={cache_prefix!r} is not allowed: {allowed}")
 
 
 def require_fixed_images(data: object, trainer: Trainer) -> ImageData:

@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 
 from ..core.adapters.head_only import HeadOnly
 from ..core.adapters.mosa import symmetric_kl
-from ..core.errors import AdaptError
+from ..core.errors import AdaptError, require_word
 from ..core.images.data import ImageData
 from ..core.images.measured import class_metrics
 from ..core.images.preprocessing import Mode, Preprocessing
@@ -22,7 +22,7 @@ from ..core.recipe import Recipe
 from ..core.store import load
 from ..core.training import AdaptedModule
 from .backbones import Backbone, feature_width
-from .frozen_prefix import Keep, fill, folder_of, require_fixed_images, require_kind
+from .frozen_prefix import Keep, fill, folder_of, require_fixed_images
 from .predict import TASK, describe
 
 Batch = Sequence[Tensor]  # images, labels and, with `cache_prefix`, the images' numbers
@@ -73,7 +73,7 @@ class ImageClassification(AdaptedModule):
     ) -> None:
         if not 0 <= label_smoothing < 1:
             raise AdaptError(f"label_smoothing={label_smoothing} is not allowed: 0 to below 1")
-        require_kind(cache_prefix)
+        require_word("cache_prefix", cache_prefix, Keep)
         super().__init__(backbone.build(), adapter, at, **training)
         if cache_prefix != "none":  # refuses a backbone whose prefix it cannot keep
             PrefixCache(self.backbone, samples=1)

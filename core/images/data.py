@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from ..errors import AdaptError
-from ..order import EpochAndPosition
+from ..batches import for_test, for_training, for_validation, require_batches
+from ..errors import AdaptError, require_word
 from .lists import read_lists
 from .preprocessing import Augmentation, Preprocessing, vary
 from .sources import (
@@ -95,14 +95,8 @@ class ImageData(LightningDataModule, ABC):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or num_workers < 0:
-            raise AdaptError(
-                f"batch_size={batch_size}, num_workers={num_workers}: from 1 and from 0"
-            )
-        if augmentation not in get_args(Augmentation):
-            raise AdaptError(
-                f"augmentation={augmentation!r} is not allowed: {', '.join(get_args(Augmentation))}"
-            )
+        require_batches(batch_size, num_workers)
+        require_word("augmentation", augmentation, Augmentation)
         self.batch_size = batch_size
         self.val_share = val_share
         self.test_share = test_share
@@ -172,22 +166,13 @@ class ImageData(LightningDataModule, ABC):
         return Numbered(images, first=0 if part == "train" else len(self.images("train")))
 
     def train_dataloader(self) -> DataLoader[Any]:
-        images = self._batched("train")
-        order = EpochAndPosition(len(images), self.seed)
-        return self._loader(images, sampler=order, generator=order.generator)
+        return for_training(self, self._batched("train"))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        images = self._batched("val")
-        return self._loader(images) if len(images) else []
+        return for_validation(self, self._batched("val"))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        images = self.images("test")
-        if not len(images):
-            raise AdaptError("there is no test part: add one, or set test_share above 0")
-        return self._loader(images)
-
-    def _loader(self, images: Images | Numbered, **order: Any) -> DataLoader[Any]:
-        return DataLoader(images, self.batch_size, num_workers=self.num_workers, **order)
+        return for_test(self, self.images("test"))
 
 
 class ImageFolders(ImageData):

@@ -12,8 +12,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.errors import AdaptError
-
 Augmentation = Literal["none", "flip", "turns", "salt"]
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.uint8]
@@ -93,12 +91,3 @@ def random_crop(
     left = draw.randint(0, max(mask.shape[1] - side, 0))
     there = slice(top, top + side), slice(left, left + side)
     return pixels[there], mask[there]
-
-
-def require_known(how: str) -> None:
-    """Refuse an augmentation that `varied` does not have."""
-    from typing import get_args
-
-    if how not in get_args(Augmentation):
-        allowed = ", ".join(get_args(Augmentation))
-        raise AdaptError(f"augmentation={how!r} is not allowed: {allowed}")

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ...core.errors import AdaptError
-from ...core.order import EpochAndPosition
-from .changes import Augmentation, random_crop, require_known, varied
+from ...core.batches import for_test, for_training, for_validation, require_batches
+from ...core.errors import AdaptError, require_word
+from .changes import Augmentation, random_crop, varied
 from .folders import Pair, find_pairs, refuse_shared_patients
 from .masks import Picture, read_mask, read_picture
 from .parts import Division
@@ -115,13 +115,10 @@ class SegmentationData(LightningDataModule, ABC):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or num_workers < 0:
-            raise AdaptError(
-                f"batch_size={batch_size}, num_workers={num_workers}: from 1 and from 0"
-            )
+        require_batches(batch_size, num_workers)
         if crop is not None and crop < 1:
             raise AdaptError(f"crop={crop} is not allowed: from 1 pixel")
-        require_known(augmentation)
+        require_word("augmentation", augmentation, Augmentation)
         self.division = Division(
             val_share=val_share,
             test_share=test_share,
@@ -165,22 +162,13 @@ class SegmentationData(LightningDataModule, ABC):
         return shown(augmentation=self.augmentation, crop=self.crop, seed=self.seed)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        pictures = self.pictures("train")
-        order = EpochAndPosition(len(pictures), self.seed)
-        return self._loader(pictures, sampler=order, generator=order.generator)
+        return for_training(self, self.pictures("train"))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        pictures = self.pictures("val")
-        return self._loader(pictures) if len(pictures) else []
+        return for_validation(self, self.pictures("val"))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        pictures = self.pictures("test")
-        if not len(pictures):
-            raise AdaptError("there is no test part: add one, or set test_share above 0")
-        return self._loader(pictures)
-
-    def _loader(self, pictures: Pictures, **order: Any) -> DataLoader[Any]:
-        return DataLoader(pictures, self.batch_size, num_workers=self.num_workers, **order)
+        return for_test(self, self.pictures("test"))
 
 
 class SegmentationFolders(SegmentationData):
@@ -216,9 +204,15 @@ class SegmentationFolders(SegmentationData):
         """Before a training each picture is read with its mask, so that a bad one stops no run."""
         super().setup(stage)
         if stage == "fit":
-            for part in ("train", "val", "test"):
-                for case in self.cases(part):
-                    case.read()
+            marked = {
+                part: [bool(case.read()[1].any()) for case in self.cases(part)]
+                for part in ("train", "val", "test")
+            }
+            if not any(marked["train"]):
+                raise AdaptError(
+                    f"{self.root}: none of the {len(marked['train'])} masks for training marks"
+                    f" anything (labels: {list(self.labels) or 'all'})"
+                )
 
     def read(self) -> list[Case]:
         pairs = find_pairs(self.root, self.mask_suffix, self.patient, self.split_file)
@@ -262,6 +256,11 @@ class ChaseDB1(SegmentationFolders):
 
     def __init__(self, root: str, **common: Any) -> None:
         super().__init__(root, "_1stHO", r"Image_(\d+)[LR]", **common)
+        if self.split_file is not None or any(self.named.values()):
+            raise AdaptError(
+                "the parts of ChaseDB1 are fixed: for others take SegmentationFolders with"
+                " mask_suffix '_1stHO'"
+            )
 
     def read(self) -> list[Case]:
         cases = super().read()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import numpy as np
 from torch import Tensor
 
 from ...core.adapters.head_only import HeadOnly
-from ...core.errors import AdaptError
+from ...core.errors import AdaptError, require_word
 from ...core.recipe import Recipe
 from ...core.store import load
 from ...core.training import AdaptedModule
-from ..frozen_prefix import Keep, folder_of, require_kind
+from ..frozen_prefix import Keep, folder_of
 from .backbones import Backbone
 from .data import Batch, SegmentationData
 from .describe import Description, Token, describe, trained_on
@@ -90,13 +90,11 @@ class Segmentation(AdaptedModule):
         **training: Any,
     ) -> None:
         token = "text" if isinstance(prompt, ClipText) else prompt
-        for name, value, allowed in (("prompt", token, Token), ("val_scores", val_scores, Scores)):
-            if value not in get_args(allowed):
-                words = ", ".join(get_args(allowed))
-                raise AdaptError(f"{name}={value!r} is not allowed: {words}")
+        require_word("prompt", token, Token)
+        require_word("val_scores", val_scores, Scores)
         if not structure or not structure.isprintable():
             raise AdaptError(f"structure={structure!r} is not allowed: a word, such as vessel")
-        require_kind(cache_prefix)
+        require_word("cache_prefix", cache_prefix, Keep)
         sam = backbone.build()
         own = view or backbone.view(sam)
         if own.side != sam.img_size:
