@@ -248,6 +248,8 @@ def test_few_images_are_drawn_from_the_training_part_alone(tmp_path: Path) -> No
     assert len(few["train"]) == 3
     assert set(few["train"]) < set(all_["train"])
     assert (few["val"], few["test"]) == (all_["val"], all_["test"])
+    folded = names(folders(tmp_path, images=3, folds=5, fold=1))
+    assert {part: len(found) for part, found in folded.items()} == {"train": 3, "val": 2, "test": 0}
     with pytest.raises(AdaptError, match="images=30: there are only 10"):
         folders(tmp_path, images=30, val_share=0).setup()
 
@@ -319,6 +321,19 @@ def test_batches_are_a_function_of_seed_and_epoch(workers: int) -> None:
     assert not same(batches(one, 0), batches(vessels(seed=1, **how), 0))
     assert batches(one)[0].size.tolist() == [[16, 16]] * 2
     assert next(iter(one.val_dataloader())).size.tolist() == [[24, 40]] * 2  # whole
+
+
+def test_a_training_on_masks_that_mark_nothing_is_refused(tmp_path: Path) -> None:
+    save_vessels(tmp_path, NAMES)
+    with pytest.raises(AdaptError, match=r"none of the 10 masks for training .* \(labels: \[7\]\)"):
+        folders(tmp_path, labels=(7,), val_share=0).setup("fit")
+    folders(tmp_path, labels=(7,), val_share=0).setup("test")  # right answers are empty
+
+
+def test_the_parts_of_chase_are_fixed() -> None:
+    for other in ({"split_file": "a.csv"}, {"test_patients": ("01",)}):
+        with pytest.raises(AdaptError, match="the parts of ChaseDB1 are fixed"):
+            ChaseDB1("nowhere", **other)
 
 
 def test_other_trees_share_no_picture() -> None:

@@ -156,5 +156,4 @@ def test_a_perfect_answer_in_a_square_is_not_perfect_on_real_vessels(
     data.setup()
     masks = [case.read()[1] for case in data.cases("train")[::4]]
     got = means([ceiling(mask, View.sam(side), whole) for mask in masks])
-    print(f"side {side}, whole {whole}: {got}")
     assert got["dice"] == pytest.approx(dice, abs=0.015)

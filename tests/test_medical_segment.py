@@ -245,10 +245,24 @@ def test_boxes_say_where_to_look(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     assert "leave out --boxes and --points" in line
 
 
-def test_a_box_and_points_reach_the_set_s_own_decoder(run: Run) -> None:
+def test_boxes_and_points_reach_the_set_s_own_decoder(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, own = [], Segmenter.logits
+
+    def kept(self: Segmenter, images: torch.Tensor, prompt: Any = None) -> torch.Tensor:
+        answers.append(own(self, images, prompt))
+        return answers[-1]
+
+    monkeypatch.setattr(Segmenter, "logits", kept)
     save("a.png", board())
     for words in (["--boxes", "4,4,30,30", "8,8,60,40"], ["--points", "10,10", "50,40,0"], []):
         assert run("a.png", *words).code == 0
+    boxes, points, nothing = answers
+    assert [len(found[0]) for found in answers] == [2, 1, 1]
+    assert len({float(found[0, 0].std()) for found in answers}) == 3
+    for found in (boxes[:, :1], boxes[:, 1:], points):
+        assert (found - nothing).abs().max() > 1e-3 * nothing.abs().max()
 
 
 @pytest.mark.usefixtures("by_brightness")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,17 @@ def test_true_masks_are_found_by_name_or_refused(tmp_path: Path) -> None:
     assert job.truth == File(tmp_path / "true", "a_mask.png")
     with pytest.raises(AdaptError, match=r"has no mask left/a in "):
         with_truths(jobs, tmp_path / "true")
+
+
+def test_true_masks_beside_the_pictures_are_no_pictures(tmp_path: Path) -> None:
+    for name in ("set/images/a.png", "set/masks/a.png", "flat/a.png", "flat/a_gt.png"):
+        saved(tmp_path / name)
+    for folder, masks, suffix in (("set", "set/masks", ""), ("flat", "flat", "_gt")):
+        jobs = jobs_of([str(tmp_path / folder)], tmp_path / "out")
+        (job,) = with_truths(jobs, tmp_path / masks, suffix)
+        assert (job.file.stem, job.truth and job.truth.stem) == ("a", f"a{suffix}")
+    (alone,) = jobs_of([str(tmp_path / "set/images")], tmp_path / "out")
+    assert with_truths([alone], tmp_path / "set/images") == [replace(alone, truth=alone.file)]
 
 
 # From files to masks

@@ -38,7 +38,7 @@ def jobs_of(words: Sequence[str], out: Path) -> list[Job]:
     jobs: dict[Path, Job] = {}
     names: dict[str, File] = {}
     for file, name in _found(words, out):
-        if (place := (file.top / file.name).absolute()) in jobs:
+        if (place := _place(file)) in jobs:
             continue
         if name in names:
             raise AdaptError(f"{names[name]} and {file} have one name: segment them apart")
@@ -50,17 +50,30 @@ def jobs_of(words: Sequence[str], out: Path) -> list[Job]:
 def with_truths(jobs: Sequence[Job], masks: Path, suffix: str = "") -> list[Job]:
     """The same with the true masks from a folder or .zip: NAME and `suffix`, of any kind.
 
-    Raises `AdaptError` for a picture without one.
+    A true mask that was named, too, as in a folder with images/ and masks/, is no picture. Raises
+    `AdaptError` for a picture without one.
     """
     found = {_bare(file): file for file in files_in(masks)}
     by_stem = {file.stem: file for file in found.values()}
-    made = []
-    for job in jobs:
-        truth = found.get(job.name + suffix) or by_stem.get(job.file.stem + suffix)
-        if truth is None:
+    made = [
+        replace(job, truth=found.get(job.name + suffix) or by_stem.get(job.file.stem + suffix))
+        for job in jobs
+    ]
+    of = {_place(job.truth): job for job in made if job.truth and not _is_own(job)}
+    made = [job for job in made if _place(job.file) not in of]
+    for job in made:
+        if job.truth is None:
             raise AdaptError(f"{job.file} has no mask {job.name}{suffix} in {masks}")
-        made.append(replace(job, truth=truth))
     return made
+
+
+def _place(file: File) -> Path:
+    return (file.top / file.name).absolute()
+
+
+def _is_own(job: Job) -> bool:
+    """Whether it would be compared with itself."""
+    return job.truth is not None and _place(job.truth) == _place(job.file)
 
 
 def _bare(file: File) -> str:
