@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Generator
 
-from ..core.errors import AdaptError
+from ..core.errors import AdaptError, require_word
 from ..core.images.preprocessing import open_image
 from ..core.images.sources import Source, Sources
 
@@ -154,8 +154,7 @@ def half_of(sources: Sources, half: Half) -> Sources:
     >>> half_of(Sources(("a", "b", "c"), Source([0, 1, 2, 2], Image.new)), "new").classes
     ('c',)
     """
-    if half not in get_args(Half):
-        raise AdaptError(f"half={half!r} is not allowed: {', '.join(get_args(Half))}")
+    require_word("half", half, Half)
     if half == "all":
         return sources
     border = math.ceil(len(sources.classes) / 2)

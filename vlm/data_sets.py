@@ -31,7 +31,7 @@ from .coop import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DataSet:
     """Where a data set lies below its root, and what CoOp's table counts in it."""
 
@@ -40,12 +40,17 @@ class DataSet:
     """The folder of images inside `folder`."""
     classes: int
     test_images: int
-    split: str | None = None
+    published: str | None = None
+    """The word that CoOp calls its split file by."""
     torchvision: str | None = None
     """torchvision's name of it, whose own files serve where there is no split file."""
-    left_out: tuple[str, ...] = ()
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    """Folder -> class name, where the split file has another one."""
+    renamed: Mapping[str, str | None] = field(default_factory=dict)
+    """Folder -> class name, where the split file has another one; None: it leaves that out."""
+
+    @property
+    def split(self) -> str | None:
+        """The split file, inside `folder`."""
+        return self.published and f"split_zhou_{self.published}.json"
 
 
 _EUROSAT = {
@@ -59,6 +64,8 @@ _EUROSAT = {
     "SeaLake": "Sea or Lake",
 }
 _CALTECH = {
+    "BACKGROUND_Google": None,
+    "Faces_easy": None,
     "Faces": "face",
     "Leopards": "leopard",
     "Motorbikes": "motorbike",
@@ -66,79 +73,19 @@ _CALTECH = {
 }
 
 DATA_SETS: Mapping[str, DataSet] = {
-    "imagenet": DataSet(folder="imagenet", images="images", classes=1000, test_images=50000),
-    "sun397": DataSet(
-        folder="sun397",
-        images="SUN397",
-        classes=397,
-        test_images=19850,
-        split="split_zhou_SUN397.json",
-        torchvision="SUN397",
-    ),
-    "fgvc_aircraft": DataSet(
-        folder="fgvc_aircraft", images="images", classes=100, test_images=3333
-    ),
-    "eurosat": DataSet(
-        folder="eurosat",
-        images="2750",
-        classes=10,
-        test_images=8100,
-        split="split_zhou_EuroSAT.json",
-        renamed=_EUROSAT,
-    ),
-    "stanford_cars": DataSet(
-        folder="stanford_cars",
-        images=".",
-        classes=196,
-        test_images=8041,
-        split="split_zhou_StanfordCars.json",
-    ),
-    "food101": DataSet(
-        folder="food-101",
-        images="images",
-        classes=101,
-        test_images=30300,
-        split="split_zhou_Food101.json",
-    ),
-    "oxford_pets": DataSet(
-        folder="oxford_pets",
-        images="images",
-        classes=37,
-        test_images=3669,
-        split="split_zhou_OxfordPets.json",
-        torchvision="OxfordIIITPet",
-    ),
-    "oxford_flowers": DataSet(
-        folder="oxford_flowers",
-        images="jpg",
-        classes=102,
-        test_images=2463,
-        split="split_zhou_OxfordFlowers.json",
-        torchvision="Flowers102",
-    ),
+    "imagenet": DataSet("imagenet", "images", 1000, 50000),
+    "sun397": DataSet("sun397", "SUN397", 397, 19850, "SUN397", "SUN397"),
+    "fgvc_aircraft": DataSet("fgvc_aircraft", "images", 100, 3333),
+    "eurosat": DataSet("eurosat", "2750", 10, 8100, "EuroSAT", renamed=_EUROSAT),
+    "stanford_cars": DataSet("stanford_cars", ".", 196, 8041, "StanfordCars"),
+    "food101": DataSet("food-101", "images", 101, 30300, "Food101"),
+    "oxford_pets": DataSet("oxford_pets", "images", 37, 3669, "OxfordPets", "OxfordIIITPet"),
+    "oxford_flowers": DataSet("oxford_flowers", "jpg", 102, 2463, "OxfordFlowers", "Flowers102"),
     "caltech101": DataSet(
-        folder="caltech-101",
-        images="101_ObjectCategories",
-        classes=100,
-        test_images=2465,
-        split="split_zhou_Caltech101.json",
-        left_out=("BACKGROUND_Google", "Faces_easy"),
-        renamed=_CALTECH,
+        "caltech-101", "101_ObjectCategories", 100, 2465, "Caltech101", renamed=_CALTECH
     ),
-    "dtd": DataSet(
-        folder="dtd",
-        images="images",
-        classes=47,
-        test_images=1692,
-        split="split_zhou_DescribableTextures.json",
-    ),
-    "ucf101": DataSet(
-        folder="ucf101",
-        images="UCF-101-midframes",
-        classes=101,
-        test_images=3783,
-        split="split_zhou_UCF101.json",
-    ),
+    "dtd": DataSet("dtd", "images", 47, 1692, "DescribableTextures"),
+    "ucf101": DataSet("ucf101", "UCF-101-midframes", 101, 3783, "UCF101"),
 }
 """Folders as CoOp's instructions name them; keys are those of `prompts.TEMPLATES`."""
 
@@ -229,12 +176,12 @@ def _without_split(name: str, root: Path, seed: int) -> Sources:
         wanted = f"{images / 'CLASS' / 'IMAGE'} or " if known.images != "." else ""
         raise AdaptError(f"{name}: there is neither {wanted}{root / known.folder}/{known.split}")
     found = read_folders(str(images))
-    keep = [label for label, name in enumerate(found.classes) if name not in known.left_out]
+    called = [known.renamed.get(name, name) for name in found.classes]
+    keep = [label for label, name in enumerate(called) if name is not None]
     indices = [i for i, label in enumerate(found.train.labels) if label in set(keep)]
     some = picked(found.train, indices)
     source = Source([keep.index(label) for label in some.labels], some.image)
-    names = tuple(known.renamed.get(found.classes[label], found.classes[label]) for label in keep)
-    return split_by_seed(names, source, seed)
+    return split_by_seed(tuple(filter(None, called)), source, seed)
 
 
 def _aircraft(folder: Path) -> Sources:

@@ -10,11 +10,12 @@ from typing import Literal, get_args
 from torch import nn
 
 from ..core.drawer import own_modules
-from ..core.errors import AdaptError
+from ..core.errors import AdaptError, require_word
 
 Encoder = Literal["both", "text", "vision"]
 Layers = Literal["all", "bottom", "mid", "up", "half-up", "half-bottom", "top3"]
-PARTS = ("q", "k", "v", "o")
+Part = Literal["q", "k", "v", "o"]
+PARTS = get_args(Part)
 
 # The module that holds a tower's blocks: open_clip's classes, then those of transformers. CLIP
 # unpacks its text tower into itself, so there the blocks alone have a name.
@@ -54,12 +55,12 @@ def sites_for(
     ['visual.transformer.resblocks.{0,1}.attn.in_proj_weight[q,v]',
      'visual.transformer.resblocks.{0,1}.attn.out_proj']
     """
-    _allowed("encoder", encoder, get_args(Encoder))
-    _allowed("layers", layers, get_args(Layers))
+    require_word("encoder", encoder, Encoder)
+    require_word("layers", layers, Layers)
     if not parts:
         raise AdaptError(f"parts name at least one of {', '.join(PARTS)}")
     for part in parts:
-        _allowed("parts", part, PARTS)
+        require_word("parts", part, Part)
     towers = ("vision", "text") if encoder == "both" else (encoder,)
     return [pattern for tower in towers for pattern in _of_tower(model, tower, parts, layers)]
 
@@ -171,8 +172,3 @@ def _span(layers: Layers, n: int) -> tuple[int, int]:
         "top3": (max(0, n - 3), n),
     }
     return spans[layers]
-
-
-def _allowed(setting: str, value: object, words: Sequence[str]) -> None:
-    if value not in words:
-        raise AdaptError(f"{setting}={value!r} is not allowed: {', '.join(words)}")
