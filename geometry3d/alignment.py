@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..core.errors import AdaptError
-from .alignment_steps import reseat, residuals, sweep
+from .alignment_steps import OUT_OF_RANGE, reseat, residuals, sweep
 from .cameras import pose
 from .geometry import Geometry
 from .observations import Observations, observe
@@ -83,17 +84,23 @@ def align(
     (graduated non-convexity): it is added to mu, and is the least softening. More sweeps narrow
     more slowly, which is what helps where depth and focal can hardly be told apart.
 
-    Raises AdaptError where the pairs do not hold all views together, or the memory not the maps.
+    Raises AdaptError where the pairs do not hold all views together, the memory not the maps, or
+    32 bits not the numbers.
     """
     if steps < 0 or refresh < 1:
         raise AdaptError(f"{steps} sweeps, refreshed every {refresh}: at least 0 and 1")
     if focals is not None and focals.shape != (predictions.views,):
         raise AdaptError(f"{list(focals.shape)} focals for {predictions.views} views")
+    if focals is not None and not (focals.isfinite() & (focals > 0)).all():
+        raise AdaptError(f"focals {focals.tolist()}: pixels, above 0 and finite")
     height, width = predictions.size
     doing = f"aligning {len(predictions.edges)} pairs of {width}x{height} pixels"
     mend = "move the predictions to the CPU, or take smaller images or fewer pairs"
     with torch.no_grad(), one_line_if_out_of_memory(doing, mend):
-        return _aligned(predictions, rule or Calibrated(), steps, refresh, focals, progress)
+        try:
+            return _aligned(predictions, rule or Calibrated(), steps, refresh, focals, progress)
+        except LinAlgError:  # of numbers that are not finite
+            raise AdaptError(f"the alignment has no solution: {OUT_OF_RANGE}") from None
 
 
 def _aligned(
@@ -136,6 +143,8 @@ def _finished(
     lengths = residuals(seen, geometry)
     height, width = predictions.size
     last = rule.refreshed(seen.initial, lengths, mu)
+    if not all(part.isfinite().all() for part in (geometry.rotations, geometry.depths, lengths)):
+        raise AdaptError(f"the alignment has no solution: {OUT_OF_RANGE}")
     return Alignment(
         poses=pose(geometry.rotations, geometry.centres),
         focals=geometry.focals,

@@ -20,6 +20,7 @@ from .similarity import Moments
 
 DAMPING = 1e-6  # relative, of the cameras' systems: only to make them solvable
 NEAREST = 1e-6  # the least depth, in the alignment's unit
+OUT_OF_RANGE = "points, confidences or focals are too large or too small for numbers of 32 bits"
 
 
 def sweep(seen: Observations, geometry: Geometry, softening: float, know_focals: bool) -> None:
@@ -104,7 +105,8 @@ def _move_camera(
 ) -> None:
     """A Gauss-Newton step of pose and focal towards points [p, 3], all depths eliminated.
 
-    A step that does not lower the cost is tried shorter, then left out.
+    A step that does not lower the cost is tried shorter, then left out. A cost that is no number
+    would spread from here to every pair: AdaptError.
     """
     rotation, centre = geometry.rotations[view], geometry.centres[view]
     focal = geometry.focals[view]
@@ -123,6 +125,8 @@ def _move_camera(
             best = (turned, moved, longer, kept)
             if share == 1.0:
                 break
+    if lowest == torch.inf:
+        raise AdaptError(f"view {view}: the alignment's cost is no number: {OUT_OF_RANGE}")
     _put(geometry, view, *best)
 
 

@@ -50,7 +50,7 @@ class Window:
         n = _at_least_two(images)
         if self.reach < 1:
             raise AdaptError(f"a window that reaches {self.reach} images on: at least 1")
-        steps = [(i, i + k) for i in range(n) for k in range(1, self.reach + 1)]
+        steps = [(i, i + k) for i in range(n) for k in range(1, min(self.reach, n - 1) + 1)]
         return _both_ways((i, j % n) for i, j in steps if (self.closed or j < n) and j % n != i)
 
 

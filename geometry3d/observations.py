@@ -14,6 +14,8 @@ from .weights import Calibrated, Fixed
 
 # A map of fewer points that count says nothing: a handful may lie on a line.
 LEAST = 8
+# Farther is no place: 32 bits hold neither its square nor a sum over a map of such squares.
+FARTHEST = 1e9
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,8 @@ class Observations:
 def observe(predictions: Predictions, rule: Calibrated | Fixed) -> Observations:
     """Sort the maps by view and weigh them; points that are not finite get the weight 0.
 
-    So do all points of a map with fewer than `LEAST` points of any weight.
+    So do points farther than `FARTHEST` along an axis, and all points of a map with fewer than
+    `LEAST` points of any weight.
 
     Raises AdaptError where some view is in no pair as the first: its camera is then unknown.
     """
@@ -58,7 +61,7 @@ def observe(predictions: Predictions, rule: Calibrated | Fixed) -> Observations:
     view = edges.flatten()  # observation 2 e + s is side s of pair e
     order = view.argsort(stable=True)
     points, confidence = _interleaved(pair, order)
-    finite = points.isfinite().all(-1)
+    finite = (points.abs() <= FARTHEST).all(-1)
     initial = rule.initial(confidence) * finite
     initial = initial * ((initial > 0).sum(1, keepdim=True) >= LEAST)
     ends = torch.bincount(view).cumsum(0).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,8 +55,10 @@ class Calibrated:
     gate: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.mu is not None and not self.mu > 0:
+        if self.mu is not None and not 0 < self.mu < math.inf:
             raise AdaptError(f"mu = {self.mu} is not allowed: a length above 0")
+        if not math.isfinite(self.gate):
+            raise AdaptError(f"gate = {self.gate} is not allowed: a weight, such as 0.5")
 
     def initial(self, confidence: Tensor) -> Tensor:
         """The weights before any residual is known."""
