@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -93,8 +95,10 @@ def known_focals(
     if known is None:
         return torch.full((len(parts),), backbone.focal), backbone
     if not torch.allclose(known, known[0], rtol=1e-3):
+        other = parts[int((known - known[0]).abs().argmax())]
         raise AdaptError(
-            "the small network takes views of one focal length: these images have several sizes"
+            "the small network takes views of one focal length: these images have several sizes,"
+            f" {parts[0].width}x{parts[0].height} and {other.width}x{other.height}"
         )
     return known, replace(backbone, focal=float(known[0]))
 
@@ -106,7 +110,7 @@ def backbone_of(word: str, focal: float | None) -> Backbone:
     if word.startswith("{"):
         return Backbone.from_json(_parsed(word))
     own = word != "small"
-    if own and not Path(word).is_file():
+    if own and not os.path.isfile(word):  # Path.is_file raises for a word that is too long
         raise AdaptError(
             f"--backbone {word!r} is no file: a DUSt3R checkpoint, a file of pretrain-small,"
             " `small`, `random` (to try things out) or settings as JSON are allowed"
@@ -194,14 +198,14 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=float, default=Schedule.lr, help=f"default: {Schedule.lr}")
     add("--epochs", type=whole, default=Schedule.epochs, help=f"default: {Schedule.epochs}")
     add("--batch", type=whole, default=Schedule.batch, help=f"pairs; default: {Schedule.batch}")
-    add("--seed", type=int, default=0)
+    add("--seed", type=_seed, default=0)
     add("--space", choices=("log", "raw"), default="log", help="of confidences; default: log")
     about = "length at which a weight falls to a quarter; default: the median residual"
-    add("--mu", type=float, help=about)
+    add("--mu", type=_length, help=about)
     about = "initial weight that counts for anything; default: the backbone's, 0 of the small"
-    add("--gate", type=float, help=f"{about} network, {Calibrated.gate} of others")
+    add("--gate", type=number, help=f"{about} network, {Calibrated.gate} of others")
     about = "weight that a label needs, the mean over a view's pairs; default: a quarter of the"
-    add("--cut", type=float, help=f"{about} mean initial weight")
+    add("--cut", type=number, help=f"{about} mean initial weight")
 
 
 def schedule_of(asked: argparse.Namespace) -> Schedule:
@@ -220,6 +224,23 @@ def whole(text: str) -> int:
     """A whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return found
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 
 
@@ -242,8 +263,10 @@ def _length(text: str) -> float:
 
 def _device(text: str) -> str:
     try:
-        torch.empty(0, device=text)
+        kind = torch.empty(0, device=text).device.type
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"no device {text!r}: {first}") from error
+    if kind == "meta":
+        raise argparse.ArgumentTypeError("the device 'meta' holds no numbers: name cpu or cuda")
     return text

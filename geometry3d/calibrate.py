@@ -24,11 +24,15 @@ from .asking import (
 )
 from .calibration import LEAST_VIEWS, calibrate, surveyed
 from .labels import pseudo_labels, usual_cut
+from .predictions import one_line_if_out_of_memory
 from .scene_file import Scene, save_scene
 from .scene_index import features_of
 from .telling import Telling
 
 
+@one_line_if_out_of_memory(
+    "calibrating", "take fewer or smaller images (--limit, --size), or a smaller --batch"
+)
 def main(argv: list[str]) -> int:
     """Calibrate on the images that `argv` names; the file is written if that helps."""
     asked = _parser().parse_args(argv)

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -150,6 +151,11 @@ def _pth(path: Path) -> tuple[Mapping[str, object], dict[str, Any]]:
             stored = torch.load(path, map_location="cpu", weights_only=True)
         except EOFError as error:
             raise AdaptError(f"cannot load the checkpoint {str(path)!r}: it is cut off") from error
+        except UnpicklingError as error:  # torch's word on it advises to run what the file holds
+            raise AdaptError(
+                f"cannot load the checkpoint {str(path)!r}: it is no file of torch.save, or holds"
+                " more than plain data, which is not run"
+            ) from error
     if not isinstance(stored, dict) or not isinstance(stored.get("model"), dict):
         held = sorted(map(str, stored))[:5] if isinstance(stored, dict) else type(stored).__name__
         raise AdaptError(f"{str(path)!r} holds {held}, not a dictionary with an entry 'model'")

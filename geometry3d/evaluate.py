@@ -27,6 +27,7 @@ from .asking import (
 from .backbones import Backbone, SmallPointmaps
 from .evaluation import METHODS, Row, Wanted, as_csv, compared, table
 from .layouts import read_recording
+from .predictions import one_line_if_out_of_memory
 from .reconstruction import Reconstruction
 from .recordings import divided
 from .scene_file import read_scene
@@ -35,6 +36,9 @@ from .telling import Telling
 VIEWS = 12  # of a recording: ten to calibrate on, as the paper has, and two held out
 
 
+@one_line_if_out_of_memory(
+    "evaluating", "take fewer or smaller images (--limit, --size), or a smaller --batch"
+)
 def main(argv: list[str]) -> int:
     """Print a table, a row for each recording and method; perhaps also as CSV."""
     asked = _parser().parse_args(argv)

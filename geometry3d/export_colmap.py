@@ -35,9 +35,7 @@ def write_colmap(
     """
     if parts is not None and len(parts) != len(scene):
         raise AdaptError(f"{len(parts)} parts of images are given for {len(scene)} views")
-    broken = [name for name in scene.names if "\n" in name or "\r" in name]
-    if broken:
-        raise AdaptError(f"COLMAP's text files have no place for the name {broken[0]!r}")
+    require_names(scene.names)
     _, h, w = scene.depths.shape
     parts = [Part(w, h, 0.0, 0.0, 1.0)] * len(scene) if parts is None else parts
     cloud = cloud_of(scene, above, most)
@@ -49,6 +47,13 @@ def write_colmap(
     for name, lines in files.items():
         write_atomically(folder / name, "\n".join([*lines, ""]).encode())
     return len(cloud.points)
+
+
+def require_names(names: Sequence[str]) -> None:
+    """Refuse names with a line break: in COLMAP's text files a line ends there."""
+    broken = [name for name in names if "\n" in name or "\r" in name]
+    if broken:
+        raise AdaptError(f"COLMAP's text files have no place for the name {broken[0]!r}")
 
 
 def _cameras(scene: Reconstruction, parts: Sequence[Part], size: tuple[int, int]) -> list[str]:

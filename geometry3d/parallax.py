@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.errors import AdaptError
 from .cameras import rays
 from .focal import focal_of
 from .predictions import Predictions
@@ -45,7 +46,7 @@ def turned(predictions: Predictions, images: Tensor, focals: Tensor | None = Non
     Images of less than 64 pixels are too small: a turn may fit them by chance, and none is told.
 
     `focals` [n], or None: as the first pointmaps say. If they are far off, a turn leaves motion
-    that is taken for parallax. Raises AdaptError where pointmaps tell no focal.
+    that is taken for parallax. Raises AdaptError where a view's pointmaps tell no focal.
     """
     first, second = predictions.edges.T
     if max(images.shape[-2:]) < SMALLEST:
@@ -100,8 +101,14 @@ def _scales(height: int, width: int) -> list[int]:
 def _focals(predictions: Predictions, views: int) -> Tensor:
     """What each view's pointmaps in its own frame say, as sure as they are."""
     first, pair = predictions.edges[:, 0], predictions.pair
-    own = [first == view for view in range(views)]
-    return torch.stack([focal_of(pair.points1[k], pair.confidence1[k] - 1) for k in own])
+    found = []
+    for view in range(views):
+        own = first == view
+        try:
+            found.append(focal_of(pair.points1[own], pair.confidence1[own] - 1))
+        except AdaptError as error:
+            raise AdaptError(f"view {view}: {error}") from None
+    return torch.stack(found)
 
 
 def _first_guess(predictions: Predictions, focals: Tensor) -> Tensor:

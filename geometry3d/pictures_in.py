@@ -103,7 +103,8 @@ def _too_few(files: Sequence[Path], copies: Mapping[str, str], least: int) -> st
             f"{len(files)} images are only {different} different ones ({copy} is {original} again):"
             f" at least {least} are needed"
         )
-    return f"{len(files)} image is given: at least {least} different ones of a scene are needed"
+    given = "1 image is" if len(files) == 1 else f"{len(files)} images are"
+    return f"{given} given: at least {least} different ones of a scene are needed"
 
 
 def view_of(

@@ -86,8 +86,9 @@ def one_line_if_out_of_memory(doing: str, mend: str) -> Iterator[None]:
     """An AdaptError in place of the allocator's page."""
     try:
         yield
-    except RuntimeError as error:
-        exhausted = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    except (RuntimeError, MemoryError) as error:
+        exhausted = isinstance(error, MemoryError)
+        exhausted |= isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
         if not exhausted:
             raise
         raise AdaptError(f"out of memory {doing}: {mend}") from None

@@ -25,14 +25,17 @@ from .asking import (
     ask,
     backbone_of,
     graph_of,
+    number,
     size_for,
     views_of,
+    whole,
 )
-from .export_colmap import write_colmap
+from .export_colmap import require_names, write_colmap
 from .export_gltf import write_glb
 from .export_ply import write_ply
 from .pictures_in import Part
 from .pointmaps import PointmapNetwork
+from .predictions import one_line_if_out_of_memory
 from .reconstruction import Reconstruction
 from .scene_file import Scene, read_scene
 from .scene_index import SceneIndex
@@ -41,11 +44,13 @@ from .viewer import write_viewer
 from .weights import Calibrated
 
 
+@one_line_if_out_of_memory("reconstructing", "take fewer or smaller images (--limit, --size)")
 def main(argv: list[str]) -> int:
     """Reconstruct the images that `argv` names into a folder, whole or not at all."""
     asked = _parser().parse_args(argv)
     _check(asked)
     views, network, rule = _ready(asked)
+    require_names(views.pictures.names)
     tell = Telling()
     found = ask(network, views, graph_of(asked.graph, asked.reach), tell)
     alignment = align(
@@ -175,6 +180,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--scene", metavar="NAME", help="of --sets, instead of letting the images choose")
     add_network(parser, required=False)
     add_pairs(parser)
-    add("--above", type=float, default=0.0, metavar="W", help="show points of a weight above W")
-    add("--points", type=int, default=500_000, metavar="N", help="at most; default: 500000")
+    add("--above", type=number, default=0.0, metavar="W", help="show points of a weight above W")
+    add("--points", type=whole, default=500_000, metavar="N", help="at most; default: 500000")
     return parser
