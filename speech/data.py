@@ -6,14 +6,15 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..core.errors import AdaptError
+from ..core.batches import for_test, for_training, for_validation
+from ..core.errors import AdaptError, require_word
 from ..core.order import EpochAndPosition
 from .audio import SAMPLE_RATE, log_mel
 from .augmentation import SpecAugment, drawn_speed, frames_in, require_speeds
@@ -148,10 +149,8 @@ class SpeechData(LightningDataModule, ABC):
                 f"batch_size={batch_size}, sort_within={sort_within}, num_workers={num_workers}:"
                 " from 1, from 1 and from 0"
             )
-        for name, said, kinds in (("on_bad", on_bad, OnBad), ("split_by", split_by, SplitBy)):
-            if said not in get_args(kinds):
-                allowed = ", ".join(get_args(kinds))
-                raise AdaptError(f"{name}={said!r} is not allowed: {allowed}")
+        require_word("on_bad", on_bad, OnBad)
+        require_word("split_by", split_by, SplitBy)
         require_speeds(speeds or [1.0])
         self.batch_size = batch_size
         self.shares = {"test": test_share, "val": val_share}
@@ -233,23 +232,15 @@ class SpeechData(LightningDataModule, ABC):
             batch_size=self.batch_size,
             pool=self.sort_within,
         )
-        return self._loader(clips, sampler=order, generator=order.generator)
+        return for_training(self, clips, order, collate_fn=clips.batch)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         clips = self.clips("val")
-        return self._loader(clips) if len(clips) else []
+        return for_validation(self, clips, collate_fn=clips.batch)
 
     def test_dataloader(self) -> DataLoader[Any]:
         clips = self.clips("test")
-        if not len(clips):
-            raise AdaptError("there is no test part: add one, or set test_share above 0")
-        return self._loader(clips)
-
-    def _loader(self, clips: Clips, **order: Any) -> DataLoader[Any]:
-        workers = self.num_workers
-        return DataLoader(
-            clips, self.batch_size, num_workers=workers, collate_fn=clips.batch, **order
-        )
+        return for_test(self, clips, collate_fn=clips.batch)
 
 
 class Manifest(SpeechData):

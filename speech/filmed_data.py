@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
-from ..core.errors import AdaptError
+from ..core.batches import require_batches
+from ..core.errors import AdaptError, require_word
 from .audio import SAMPLE_RATE
 from .av_data import FilmedClip, FilmedClips, FilmWants
 from .av_plan import ALL_SNR, CLEAN_SHARE
@@ -54,15 +55,10 @@ class FilmedData(LightningDataModule, ABC):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or num_workers < 0:
-            raise AdaptError(
-                f"batch_size={batch_size}, num_workers={num_workers}: from 1 and from 0"
-            )
+        require_batches(batch_size, num_workers)
         if not 0 <= val_share < 1:
             raise AdaptError(f"val_share={val_share} cannot be split off: from 0, below 1")
-        if split_by not in get_args(SplitBy):
-            allowed = ", ".join(get_args(SplitBy))
-            raise AdaptError(f"split_by={split_by!r} is not allowed: {allowed}")
+        require_word("split_by", split_by, SplitBy)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.val_share, self.split_by = val_share, split_by
         self.noise = noise or Noise(low=ALL_SNR.low, high=ALL_SNR.high, clean_share=CLEAN_SHARE)
