@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Generator
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
+from ..core.batches import for_training, in_order
 from ..core.errors import AdaptError
 from ..core.order import EpochSampler
 from . import borders
@@ -135,15 +136,15 @@ class SeriesData(LightningDataModule, ABC):
         return self.look_back, self.horizon
 
     def train_dataloader(self) -> DataLoader[Any]:
-        windows: Dataset[Window] = self.windows("train")
-        number = len(self.windows("train"))
-        if self.windows_per_epoch is not None and self.windows_per_epoch < number:
+        windows: Windows | Subset[Window] = self.windows("train")
+        wanted = self.windows_per_epoch
+        if wanted is not None and wanted < len(windows):
             # A seed of its own, else the choice would be the order of the first epoch.
-            drawn = torch.randperm(number, generator=Generator().manual_seed(2**31 + self.seed))
-            number = self.windows_per_epoch
-            windows = Subset(windows, drawn[:number].tolist())
-        order = EpochSampler(number, self.seed)
-        return self._loader(windows, sampler=order, generator=order.generator)
+            own = Generator().manual_seed(2**31 + self.seed)
+            drawn = torch.randperm(len(windows), generator=own)
+            windows = Subset(windows, drawn[:wanted].tolist())
+        order = EpochSampler(len(windows), self.seed)
+        return for_training(self, windows, order, collate_fn=as_it_is)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         look_back, _ = self._shape()
@@ -151,17 +152,12 @@ class SeriesData(LightningDataModule, ABC):
             return []  # no row between training and test
         windows = self.windows("val")
         if self.every == 1:
-            return self._loader(windows)
-        return self._loader(Subset(windows, every_window(windows, self.every)))
+            return in_order(self, windows, collate_fn=as_it_is)
+        some = Subset(windows, every_window(windows, self.every))
+        return in_order(self, some, collate_fn=as_it_is)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self.windows("test"))
-
-    def _loader(self, windows: Dataset[Window], **order: Any) -> DataLoader[Any]:
-        workers = self.num_workers
-        return DataLoader(
-            windows, self.batch_size, num_workers=workers, collate_fn=as_it_is, **order
-        )
+        return in_order(self, self.windows("test"), collate_fn=as_it_is)
 
 
 class ETT(SeriesData):

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..core.batches import for_training, in_order
 from ..core.errors import AdaptError
 from ..core.order import EpochSampler
 from .frames import numbers, read_frame
@@ -145,21 +146,15 @@ class AnomalyTable(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         windows = self.stretches("train")
         order = EpochSampler(len(windows), self.seed)
-        return self._loader(windows, sampler=order, generator=order.generator)
+        return for_training(self, windows, order, collate_fn=as_it_is)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if self._rows and not len(self._rows["val"]):
             return []
-        return self._loader(self.stretches("val"))
+        return in_order(self, self.stretches("val"), collate_fn=as_it_is)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self.stretches("test"))
-
-    def _loader(self, windows: Stretches, **order: Any) -> DataLoader[Any]:
-        workers = self.num_workers
-        return DataLoader(
-            windows, self.batch_size, num_workers=workers, collate_fn=as_it_is, **order
-        )
+        return in_order(self, self.stretches("test"), collate_fn=as_it_is)
 
     def _table(self, part: str) -> tuple[Values, tuple[str, ...]]:
         path = self.files[part]

@@ -11,17 +11,16 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Generator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from ..core.batches import for_training, in_order, require_batches
 from ..core.errors import AdaptError
-from ..core.order import EpochAndPosition
 from .competition import M3_RULES, M4_RULES, Contest, Rules, read_m4, read_tsf
 from .competition_windows import DrawnWindows, LastWindows
 from .gaps import Missing, filled
 from .metrics import mase, naive_error, owa, smape
 from .naive2 import naive2
 from .series import Values
-from .windows import Window
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,7 @@ class CompetitionData(LightningDataModule, ABC):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or num_workers < 0:
-            raise AdaptError(
-                f"batch_size={batch_size}, num_workers={num_workers}: from 1 and from 0"
-            )
+        require_batches(batch_size, num_workers)
         if not 0 <= val_share < 1:
             raise AdaptError(f"val_share={val_share:g} is not allowed: from 0, below 1")
         self.batch_size = batch_size
@@ -100,9 +96,7 @@ class CompetitionData(LightningDataModule, ABC):
         look_back, horizon = self._shape()
         series = self._long_enough(self._parts()[0], horizon)
         reach = int(self.rules.history * horizon)
-        drawn = DrawnWindows(series, look_back, horizon, reach, self.seed)
-        order = EpochAndPosition(len(series), self.seed)
-        return self._loader(drawn, sampler=order, generator=order.generator)
+        return for_training(self, DrawnWindows(series, look_back, horizon, reach, self.seed))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         look_back, horizon = self._shape()
@@ -110,11 +104,11 @@ class CompetitionData(LightningDataModule, ABC):
         if not series:
             return []
         pasts, futures = zip(*((s[:-horizon], s[-horizon:]) for s in series), strict=True)
-        return self._loader(LastWindows(pasts, futures, look_back))
+        return in_order(self, LastWindows(pasts, futures, look_back))
 
     def test_dataloader(self) -> DataLoader[Any]:
         look_back, _ = self._shape()
-        return self._loader(LastWindows(self.contest.pasts, self.contest.futures, look_back))
+        return in_order(self, LastWindows(self.contest.pasts, self.contest.futures, look_back))
 
     def scores(self, forecasts: Values, naive2_forecasts: Values | None = None) -> Scores:
         """Of forecasts [series, steps] in the order of the test; surplus steps do not count.
@@ -170,9 +164,6 @@ class CompetitionData(LightningDataModule, ABC):
                     f" rows: to train on horizon={horizon} needs {horizon + 1}"
                 )
         return [self.contest.pasts[place] for place in places]
-
-    def _loader(self, windows: Dataset[Window], **order: Any) -> DataLoader[Any]:
-        return DataLoader(windows, self.batch_size, num_workers=self.num_workers, **order)
 
 
 class M4(CompetitionData):

@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
+from ..core.batches import for_training, for_validation, in_order, require_batches
 from ..core.errors import AdaptError
 from ..core.images.subsets import split_off
-from ..core.order import epoch_loader
+from ..core.order import EpochSampler
 from .gaps import Missing, filled
 from .scaling import Scaler
 from .series import Values
@@ -50,10 +51,7 @@ class UCR(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or num_workers < 0:
-            raise AdaptError(
-                f"batch_size={batch_size}, num_workers={num_workers}: from 1 and from 0"
-            )
+        require_batches(batch_size, num_workers)
         self.name_ = name
         self.folder = folder
         self.batch_size = batch_size
@@ -106,17 +104,14 @@ class UCR(LightningDataModule):
         return self._parts[part]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        workers = self.num_workers
-        return epoch_loader(self.part("train"), self.batch_size, self.seed, num_workers=workers)
+        series = self.part("train")
+        return for_training(self, series, EpochSampler(len(series), self.seed))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        return self._loader("val") if len(self.part("val")) else []
+        return for_validation(self, self.part("val"))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test")
-
-    def _loader(self, part: str) -> DataLoader[Any]:
-        return DataLoader(self.part(part), self.batch_size, num_workers=self.num_workers)
+        return in_order(self, self.part("test"))
 
     def _filled(self, series: Sequence[Values]) -> list[Values]:
         channels = [f"channel {number}" for number in range(series[0].shape[1])]

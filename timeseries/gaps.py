@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import AdaptError
+from ..core.errors import AdaptError, require_word
 from .series import Values
 
 Missing = Literal["refuse", "interpolate", "last"]
@@ -35,8 +35,7 @@ def filled(
     >>> filled(np.array([[1.0], [np.nan]]), ["x"], "last").ravel().tolist()
     [1.0, 1.0]
     """
-    if missing not in get_args(Missing):
-        raise AdaptError(f"missing={missing!r} is not allowed: {', '.join(get_args(Missing))}")
+    require_word("missing", missing, Missing)
     lost = np.isnan(values)
     if not lost.any():
         return values
