@@ -110,6 +110,18 @@ def test_a_sam_of_another_size_has_its_shapes(size: int) -> None:
     assert logits.isfinite().all()
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_sam_of_vit_b_width_at_512_embeds_32_by_32_places() -> None:
+    """With two of its twelve blocks: one that attends in windows, one everywhere."""
+    two = {"num_hidden_layers": 2, "global_attn_indexes": [1]}
+    model = TransformersSAM(pretrained=False, img_size=512, options=two).build()
+    found = model.encode(images(1, 512))
+    assert found.shape == (1, 256, 32, 32)
+    assert found.isfinite().all()
+    assert [len(layer.attn.rel_pos_h) for layer in _layers(model)] == [27, 63]
+
+
 def _layers(model: SegmentAnything) -> Any:
     return model.vision_encoder.layers
 
