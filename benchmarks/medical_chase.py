@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 
 from polyadapt.benchmarks.medical_methods import (
+    RATES,
     SAM_METHODS,
     Setting,
     run_sam,
@@ -88,7 +89,14 @@ STEPS: Mapping[str, Step] = {
         (0, 1, 2),
         unet="SALT",
     ),
-    "report": Step(_WHOLE, SAM_METHODS, (0, 1, 2), "SALT", "turns"),
+    # At this size the validation photographs are for 1e-3 instead of 3e-4: 0.744 against 0.675.
+    "report": Step(
+        replace(_WHOLE, rates={**RATES, "LoRA equal": 1e-3}),
+        SAM_METHODS,
+        (0, 1, 2),
+        "SALT",
+        "turns",
+    ),
 }
 
 

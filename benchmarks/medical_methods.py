@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,8 @@ from polyadapt.vision.medical.unet import PatchUNet, pairs, segment, train
 
 Keep = Literal["none", "memory"]
 SALT_OURS = SALT(top=0.1, rank=16)
-# In the order of a report. By the validation photographs' Dice alone, see `medical_rates`.
+# In the order of a report. By the validation photographs' Dice alone, see `medical_rates`, in the
+# quick step's setting; a step may have others.
 RATES: Mapping[str, float] = {
     "decoder": 3e-4,
     "SALT": 1e-3,
@@ -61,6 +62,7 @@ class Setting:
     epochs: int
     keep: Keep
     batch: int = 2
+    rates: Mapping[str, float] = field(default_factory=lambda: RATES)
 
 
 def recipe_of(method: str, setting: Setting, sam: SegmentAnything) -> tuple[Recipe, Any]:
@@ -122,7 +124,7 @@ def sam_task(method: str, setting: Setting, seed: int, rate: float | None = None
         recipe,
         at,
         whole_box=True,
-        lr=RATES[method] if rate is None else rate,
+        lr=setting.rates[method] if rate is None else rate,
         seed=seed,
         cache_prefix=setting.keep,
     )
@@ -138,7 +140,7 @@ def run_sam(
     task.save_adapter(file)
     adapters = sum(p.numel() for p in task.adapters.trained().values())
     counts = adapters, adapters + sum(p.numel() for p in task.head.parameters())
-    rate = RATES[method]
+    rate = setting.rates[method]
     return _record(method, seed, rate, counts, file, losses, spent, of(task), data, folder)
 
 

@@ -123,7 +123,9 @@ def test_the_rate_is_the_best_of_those_that_were_tried_twice() -> None:
 
 
 def test_every_rate_is_one_of_those_that_are_tried() -> None:
-    assert all(rate in grid(method) for method, rate in RATES.items())
+    rates = [RATES, *(step.setting.rates for step in STEPS.values())]
+    assert all(rate in grid(method) for some in rates for method, rate in some.items())
+    assert all(set(some) == set(RATES) for some in rates)
 
 
 def test_rates_that_were_tried_are_not_tried_again(
