@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .backbones import Backbone
 from .weights import Calibrated
 
 TASK = "scene calibration"
+_NUMBERS = ("mu", "gate", "cut", "before", "after")
 FEATURES = "features"  # of the views, among the tensors of the file
 
 
@@ -38,6 +40,21 @@ class Scene:
     cut: float
     before: float
     after: float
+
+    def __post_init__(self) -> None:
+        said = vars(self)
+        wrong = [name for name in _NUMBERS if not isinstance(said[name], (int, float))]
+        if not isinstance(said["name"], str):
+            wrong.append("name")
+        if self.space not in ("log", "raw"):
+            wrong.append("space")
+        if min(self.size) < 1:
+            wrong.append("size")
+        known = said["focal"]
+        if known is not None and not (isinstance(known, (int, float)) and 0 < known < math.inf):
+            wrong.append("focal")
+        if wrong:
+            raise AdaptError(f"a scene's {wrong[0]} is {said[wrong[0]]!r}, which cannot be")
 
     def to_json(self) -> dict[str, Any]:
         """JSON values for the file."""
@@ -68,10 +85,10 @@ def read_scene(path: Path) -> tuple[Scene, Tensor]:
         backbone = Backbone.from_json(said.pop("backbone"))
         scene = Scene(backbone=backbone, size=(height, width), **said)
         features = file.head[FEATURES]
+    except AdaptError as error:  # before ValueError, which it is
+        raise StoreError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path} lacks or misstates {error} of a calibrated scene") from error
-    except AdaptError as error:
-        raise StoreError(f"{path}: {error}") from error
     if features.ndim != 2 or not len(features):
         raise StoreError(f"{path}: features {list(features.shape)} of views are not [n, d]")
     return scene, features
