@@ -285,6 +285,12 @@ def test_frames_of_dicom_are_its_slices(tmp_path: Path) -> None:
     assert last.tolist() == [[185, 209], [232, 255]]
 
 
+def test_of_what_is_no_dicom_nothing_but_the_refusal_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.dcm").write_bytes(b"DICM" * 50)  # pydicom would warn of its header
+    with pytest.raises(AdaptError, match="cannot read the scan"):
+        read_picture(File.at(tmp_path / "a.dcm"))
+
+
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.dcm"])
 def test_a_scan_cut_short_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
     values = np.arange(600, dtype=np.uint16).reshape(20, 30)

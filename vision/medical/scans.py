@@ -106,10 +106,11 @@ def _dicom(path: Path) -> Scan:
     from monai.data.image_reader import PydicomReader
 
     reader = PydicomReader(swap_ij=False)
-    opened = reader.read(path)
     with warnings.catch_warnings():
-        # Without a position in the patient there is no affine matrix; none is used here.
-        warnings.filterwarnings("ignore", message="PydicomReader: ImageOrientationPatient")
+        # Of what is odd in the header; without a position in the patient there is no affine matrix,
+        # and none is used here.
+        warnings.simplefilter("ignore", UserWarning)
+        opened = reader.read(path)
         values = np.asarray(reader.get_data(opened)[0])
     if opened.get("PhotometricInterpretation") == "MONOCHROME1":
         values = values.max() - (values - values.min())  # in this order nothing overflows
