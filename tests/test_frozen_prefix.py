@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from polyadapt.core import AdaptError, HeadOnly, LoRA, MoSA, Recipe, cli
 from polyadapt.core.images.data import ArrayData
+from polyadapt.tests.command_cases import write
 from polyadapt.tests.test_prefix_cache import calls_of
-from polyadapt.tests.test_vision_task import SPEC, KeepFirst, save_arrays, trainer_in
-from polyadapt.tests.vision_cases import configuration, save_labelled, write
+from polyadapt.tests.test_vision_task import SPEC, KeepFirst, save_arrays
+from polyadapt.tests.training_cases import trainer_in
+from polyadapt.tests.vision_cases import configuration, save_labelled
 from polyadapt.vision.task import ImageClassification
 
 pytestmark = pytest.mark.slow
@@ -65,7 +67,7 @@ class Ran:
         self.embedded = calls_of(self.task.backbone.patch_embed)  # type: ignore[arg-type]
         self.data = images()
         self.folder = Path(folder)
-        trainer = trainer_in(self.folder, epochs, *callbacks)
+        trainer = trainer_in(self.folder, *callbacks, max_epochs=epochs)
         trainer.fit(self.task, datamodule=self.data, ckpt_path=start)
 
     @property
@@ -146,7 +148,7 @@ def test_on_disk_the_states_lie_in_the_run_s_folder_and_are_gone_afterwards() ->
 def test_after_training_the_data_bring_no_numbers() -> None:
     kept = Ran("kept", cache_prefix="memory")
     assert len(next(iter(kept.data.train_dataloader()))) == 2
-    trainer = trainer_in(Path("again"), 1)
+    trainer = trainer_in(Path("again"))
     (found,) = trainer.validate(kept.task, datamodule=kept.data, verbose=False)
     assert found["val_loss"] == pytest.approx(float(kept.table.split(",")[-4]), abs=1e-5)
     (found,) = trainer.test(kept.task, datamodule=kept.data, verbose=False)
@@ -217,7 +219,7 @@ def test_images_without_numbers_are_refused() -> None:
     pairs = TensorDataset(torch.zeros(4, 3, 16, 16), torch.arange(4) % 3)
     task = task_of(LoRA(rank=2), LAST, cache_prefix="memory", classes=["a", "b", "c"])
     with pytest.raises(AdaptError, match="cache_prefix needs an ImageData, which numbers its imag"):
-        trainer_in(Path("run"), 1).fit(task, DataLoader(pairs, 2), DataLoader(pairs, 2))
+        trainer_in(Path("run")).fit(task, DataLoader(pairs, 2), DataLoader(pairs, 2))
 
 
 def test_an_adapted_embedding_is_refused_with_the_task() -> None:

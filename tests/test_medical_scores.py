@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,25 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from polyadapt.core.errors import AdaptError
 from polyadapt.tests.medical_cases import SPARSE
 from polyadapt.tests.segmentation_cases import SIDE, shift, task_of, vessels
+from polyadapt.tests.training_cases import quiet_trainer
 from polyadapt.vision.medical.data import Case, GeneratedVessels
 from polyadapt.vision.medical.inference import in_windows
 from polyadapt.vision.medical.masks import Picture
 from polyadapt.vision.medical.measured import Measured, Scored, table
 from polyadapt.vision.medical.metrics import MaskScores, means, score
 from polyadapt.vision.medical.task import Segmentation
-
-
-@pytest.fixture(autouse=True)
-def _lightning_is_calm() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        yield
 
 
 class Spaced(GeneratedVessels):
@@ -51,17 +44,6 @@ def _spaced(case: Case, spacing: tuple[float, float] | None) -> tuple[Picture, A
     return Picture(picture.pixels, spacing), mask
 
 
-def trainer(*callbacks: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=list(callbacks),
-    )
-
-
 def spaced(*spacings: tuple[float, float] | None) -> Spaced:
     data = Spaced(train=1, val=1, test=len(spacings), height=24, width=SIDE, vessels=SPARSE)
     data.spacings = spacings
@@ -72,7 +54,7 @@ def test_a_validation_scores_overlap_alone_unless_all_is_asked_for() -> None:
     for asked, lines in (("dice", False), ("all", True)):
         task = task_of(val_scores=asked)
         shift(task)
-        (found,) = trainer().validate(task, datamodule=vessels(), verbose=False)
+        (found,) = quiet_trainer().validate(task, datamodule=vessels(), verbose=False)
         assert {"val_loss", "val_dice", "val_iou", "val_pictures"} <= found.keys()
         assert ({"val_cldice", "val_hd95"} <= found.keys()) == lines
         assert found["val_pictures"] == 2
@@ -94,7 +76,7 @@ def test_the_means_are_those_of_the_pictures_by_hand(
     task = task_of()
     shift(task)
     data = vessels(crop=crop)
-    (found,) = trainer().test(task, datamodule=data, verbose=False)
+    (found,) = quiet_trainer().test(task, datamodule=data, verbose=False)
     task.eval()
     scores = []
     with torch.inference_mode():
@@ -111,7 +93,8 @@ def test_distances_are_in_mm_where_all_pictures_say_how_large_a_pixel_is(tmp_pat
     found = []
     for spacing in (None, (1.0, 1.0), (0.5, 0.5)):
         data = spaced(spacing, spacing)
-        (scores,) = trainer(Measured(tmp_path)).test(task, datamodule=data, verbose=False)
+        trainer = quiet_trainer(callbacks=[Measured(tmp_path)])
+        (scores,) = trainer.test(task, datamodule=data, verbose=False)
         found.append(scores["test_hd95"])
         rows = (tmp_path / "test_pictures.csv").read_text()
         assert (",px," in rows) == (spacing is None)
@@ -122,7 +105,7 @@ def test_distances_are_in_mm_where_all_pictures_say_how_large_a_pixel_is(tmp_pat
 def test_distances_in_mm_and_in_pixels_have_no_mean() -> None:
     task = task_of()
     with pytest.raises(AdaptError) as refused:
-        trainer().test(task, datamodule=spaced((1.0, 1.0), None), verbose=False)
+        quiet_trainer().test(task, datamodule=spaced((1.0, 1.0), None), verbose=False)
     assert str(refused.value).startswith("test: HD95 of tree_0003 is in px, of those before in mm")
 
 
@@ -137,4 +120,4 @@ def test_a_row_says_what_the_picture_scored() -> None:
 
 def test_data_without_masks_are_refused() -> None:
     with pytest.raises(AdaptError, match="needs pictures with masks, not a LightningDataModule"):
-        trainer().validate(task_of(), datamodule=LightningDataModule(), verbose=False)
+        quiet_trainer().validate(task_of(), datamodule=LightningDataModule(), verbose=False)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,6 +16,7 @@ from polyadapt.core import VPT, AdaptError, FullFineTuning, LoRA, PrefixCache, a
 from polyadapt.core.order import epoch_loader
 from polyadapt.tests.test_training import Task
 from polyadapt.tests.test_training import vit as training_vit
+from polyadapt.tests.training_cases import quiet_trainer
 
 HUGE = {"samples": 10**15, "max_bytes": 10**15 + 159}
 STATE = 5 * 8 * 4  # bytes: 4 patches and the class token, 8 numbers each, in single precision
@@ -162,10 +162,8 @@ def trained(cache: bool) -> tuple[list[int], dict[str, Tensor]]:
         task.features = PrefixCache(task.backbone, samples=8)  # type: ignore[method-assign]
     data = TensorDataset(pictures(8), torch.arange(8) % 3, torch.arange(8))
     embedded = calls_of(task.backbone.patch_embed)  # type: ignore[arg-type]
-    shown = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger")
-    off: dict[str, Any] = dict.fromkeys(shown, False)
     loader: DataLoader[Any] = epoch_loader(data, 4, seed=0)
-    Trainer(accelerator="cpu", max_epochs=3, **off).fit(task, loader)
+    quiet_trainer(max_epochs=3).fit(task, loader)
     return embedded, task.state_dict()
 
 

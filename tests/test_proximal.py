@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from polyadapt.core import AdaptedModule, Adapter, AdaptError
+from polyadapt.core import Adapter, AdaptError
 from polyadapt.core.adapters.lora import LoRA
 from polyadapt.core.optim.proximal import proximal_step, sparse_group
-
-pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+from polyadapt.tests.training_cases import Ones, StopAfter, quiet_trainer
 
 
 def sgd(values: list[float], l1: float, lr: float = 0.1, warmup: int | float = 0) -> Any:
@@ -103,39 +102,19 @@ class SparseLoRA(LoRA):
         return [dense, sparse_group(sparse, self.l1, self.quiet)]
 
 
-class Task(AdaptedModule):
-    """What `at` puts out shall be small, from batches of two."""
-
-    def training_loss(self, batch: Any) -> Tensor:
-        loss: Tensor = (self.backbone(batch[0]) - 1).square().mean()
-        return loss
-
-
-def task(recipe: LoRA) -> Task:
+def task(recipe: LoRA) -> Ones:
     torch.manual_seed(0)
-    return Task(nn.Sequential(nn.Linear(4, 4)), recipe, "0", lr=0.1, warmup=0.0, seed=0)
+    return Ones(nn.Sequential(nn.Linear(4, 4)), recipe, "0", lr=0.1, warmup=0.0, seed=0)
 
 
-def fit(made: Task, ckpt: str | None = None, epochs: int = 2, **options: Any) -> Trainer:
-    shown = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger")
-    quiet: dict[str, Any] = {"accelerator": "cpu", **dict.fromkeys(shown, False)}
-    trainer = Trainer(**{"max_epochs": epochs, **quiet, **options})
+def fit(made: Ones, ckpt: str | None = None, epochs: int = 2, **options: Any) -> Trainer:
+    trainer = quiet_trainer(**{"max_epochs": epochs, **options})
     data = TensorDataset(torch.randn(8, 4, generator=torch.Generator().manual_seed(1)))
     trainer.fit(made, DataLoader(data, batch_size=2), ckpt_path=ckpt)
     return trainer
 
 
-class StopAfter(Callback):
-    """Ends a run early that was planned for longer."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-
-    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
-
-
-def factor(made: Task) -> Tensor:
+def factor(made: Ones) -> Tensor:
     found = made.adapters.state_dict()["0/B"]
     return found.clone()
 

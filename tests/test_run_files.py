@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from polyadapt.core import AdaptError, LoRA, load
 from polyadapt.core.run_files import RunFiles, learning_curve
 from polyadapt.core.store import read_file
 from polyadapt.core.training import AdaptedModule
-
-pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+from polyadapt.tests.command_cases import rows_of
+from polyadapt.tests.training_cases import quiet_trainer
 
 FILES = ["adapter.safetensors", "last.ckpt", "learning_curve.png", "metrics.csv"]
 SCORES = [0.5, 0.75, 0.25, 0.125]  # by epoch
@@ -50,21 +49,15 @@ class Task(AdaptedModule):
 def fit(
     task: LightningModule, *callbacks: Callback, resume: Path | None = None, **options: Any
 ) -> Trainer:
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = Trainer(callbacks=list(callbacks), **{"max_epochs": 2, **quiet, **options})
+    settings = {"max_epochs": 2, "enable_checkpointing": True, **options}
+    trainer = quiet_trainer(callbacks=list(callbacks), **settings)
     numbers: DataLoader[Any] = DataLoader(TensorDataset(torch.tensor([1.0, 2.0, 6.0, 7.0])))
     trainer.fit(task, numbers, numbers, ckpt_path=resume)
     return trainer
 
 
 def table(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
+    return rows_of(folder / "metrics.csv")
 
 
 def test_a_run_leaves_its_files_and_nothing_else(tmp_path: Path) -> None:

@@ -7,49 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Generator, Tensor, nn
+from lightning.pytorch import Trainer
+from torch import Generator, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from polyadapt.core import AdaptedModule, S2LoRA, load
+from polyadapt.core import S2LoRA, load
 from polyadapt.core.errors import SiteError
 from polyadapt.core.live_ranks import ranks
 from polyadapt.tests.saved_sets import INPUT, net
+from polyadapt.tests.training_cases import Ones, StopAfter, quiet_trainer
 
-pytestmark = [
-    pytest.mark.slow,  # whole runs
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-]
+pytestmark = pytest.mark.slow  # whole runs
 
 AT = "blocks.*.qkv[q,v]"
 
 
-class Task(AdaptedModule):
-    """What the network puts out shall be one."""
-
-    def training_loss(self, batch: Any) -> Tensor:
-        loss: Tensor = (self.backbone(batch[0]) - 1).square().mean()
-        return loss
+def task(recipe: S2LoRA, backbone: nn.Module | None = None, at: Any = AT) -> Ones:
+    return Ones(backbone or net(), recipe, at, lr=1e-2, seed=0)
 
 
-class StopAfter(Callback):
-    """Ends a run early that was planned for longer."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-
-    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
-
-
-def task(recipe: S2LoRA, backbone: nn.Module | None = None, at: Any = AT) -> Task:
-    return Task(backbone or net(), recipe, at, lr=1e-2, seed=0)
-
-
-def fit(made: Task, ckpt: Path | None = None, **options: Any) -> Trainer:
-    shown = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger")
-    quiet: dict[str, Any] = {"accelerator": "cpu", **dict.fromkeys(shown, False)}
-    trainer = Trainer(**{"max_epochs": 4, **quiet, **options})
+def fit(made: Ones, ckpt: Path | None = None, **options: Any) -> Trainer:
+    trainer = quiet_trainer(**{"max_epochs": 4, **options})
     data = TensorDataset(torch.randn(16, 3, 8, generator=Generator().manual_seed(1)))
     trainer.fit(made, DataLoader(data, batch_size=4), ckpt_path=ckpt)
     return trainer

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from polyadapt.core.errors import AdaptError
-from polyadapt.tests.series_cases import TINY, Waves, stir, tiny_task, trainer
+from polyadapt.tests.series_cases import TINY, Waves, stir, tiny_task
+from polyadapt.tests.training_cases import quiet_trainer
 from polyadapt.timeseries.adapters import code
 from polyadapt.timeseries.aim import Aim
 from polyadapt.timeseries.aims import Classify, Forecast, Impute, Reconstruct
@@ -48,7 +49,7 @@ def test_a_classifier_tells_rising_windows_from_falling_ones() -> None:
     items = [(steps * sign + torch.randn(24, 3) / 10, (sign + 1) // 2) for sign in (-1, 1) * 20]
     data = _Pairs(items, classes=("down", "up"))
     task = tiny_task(Classify(classes=("down", "up"), channels=3), adapter=code(rank=2).recipe)
-    run = trainer(max_epochs=6)
+    run = quiet_trainer(max_epochs=6)
     run.fit(task, data)
     (found,) = run.test(task, data, verbose=False)
     assert found["test_top1"] == 1
@@ -56,15 +57,15 @@ def test_a_classifier_tells_rising_windows_from_falling_ones() -> None:
     assert run.callback_metrics["test_macro_f1"] == 1
     data.names = ("x", "y")
     with pytest.raises(AdaptError, match="a patch of the network has 3 channels, the data 2"):
-        trainer().test(task, data, verbose=False)
+        quiet_trainer().test(task, data, verbose=False)
     data.classes = ("up", "down")
     with pytest.raises(AdaptError, match=r"the head knows \('down', 'up'\), the data has"):
-        trainer().test(task, data, verbose=False)
+        quiet_trainer().test(task, data, verbose=False)
 
 
 def test_imputation_measures_hidden_values_only_and_hides_the_same_ones_each_time() -> None:
     task, data = tiny_task(Impute(share=0.5)), Waves()
-    first, again = (trainer().test(task, data, verbose=False)[0] for _ in range(2))
+    first, again = (quiet_trainer().test(task, data, verbose=False)[0] for _ in range(2))
     assert first == again
     assert data.horizon == 0
     x = torch.zeros(1, 24, 1)
@@ -83,7 +84,7 @@ def test_imputation_measures_hidden_values_only_and_hides_the_same_ones_each_tim
 
 def test_imputation_learns() -> None:
     task, data = tiny_task(Impute(share=0.3)), Waves()
-    run = trainer(max_epochs=8)
+    run = quiet_trainer(max_epochs=8)
     (before,) = run.validate(task, data, verbose=False)
     run.fit(task, data)
     assert run.callback_metrics["val_mse"] < 0.5 * before["val_mse"]
@@ -101,12 +102,12 @@ def test_an_outlier_is_found_by_its_reconstruction_with_and_without_adjustment()
         def train_dataloader(self) -> DataLoader[Any]:
             return DataLoader(normal, 20)  # type: ignore[arg-type]
 
-    (found,) = trainer().test(task, Data(spoiled), verbose=False)
+    (found,) = quiet_trainer().test(task, Data(spoiled), verbose=False)
     assert found["test_recall"] < 1
     assert found["test_f1_adjusted"] > found["test_f1"] > 0
     assert found["test_threshold"] < found["test_threshold_joint"]
     with pytest.raises(AdaptError, match=r"a test for anomalies needs labels \[b, L\]"):
-        trainer().test(task, Data(normal), verbose=False)
+        quiet_trainer().test(task, Data(normal), verbose=False)
 
 
 def test_a_labelled_table_is_tested_row_by_row(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_a_labelled_table_is_tested_row_by_row(tmp_path: Path) -> None:
     np.save(tmp_path / "labels.npy", labels)
     data = AnomalyTable(*(str(tmp_path / f"{name}.npy") for name in ("train", "test", "labels")))
     task = tiny_task(Reconstruct(share=0.02))
-    (found,) = trainer().test(task, data, verbose=False)
+    (found,) = quiet_trainer().test(task, data, verbose=False)
     assert data.look_back == 24
     assert found["test_f1_adjusted"] >= found["test_f1"] > 0
     assert 0.9 < found["test_area_roc"] <= 1
@@ -137,14 +138,14 @@ def test_a_set_of_the_archive_is_learned_with_all_channels_in_a_patch() -> None:
         look_back=100,
         lr=1e-2,
     )
-    run = trainer(max_epochs=15)
+    run = quiet_trainer(max_epochs=15)
     run.fit(task, data)
     (found,) = run.test(task, data, verbose=False)
     assert found["test_top1"] > 0.6
     assert task.about.names is not None
     assert len(task.about.names) == 6
     with pytest.raises(AdaptError, match="look_back=50: the series of BasicMotions have 100 rows"):
-        trainer().test(tiny_task(task.aim, look_back=50), UCR("BasicMotions"), verbose=False)
+        quiet_trainer().test(tiny_task(task.aim, look_back=50), UCR("BasicMotions"), verbose=False)
 
 
 def test_quantiles_are_sorted_and_their_loss_is_the_pinball_loss() -> None:
@@ -170,7 +171,7 @@ def test_quantiles_learn_the_spread_of_noise() -> None:
 
     aim = Forecast(horizon=4, loss="quantile")
     task, data = tiny_task(aim, NoLanguageModel(width=8)), Noise(batch_size=100)
-    run = trainer(max_epochs=8)
+    run = quiet_trainer(max_epochs=8)
     run.fit(task, data)
     (found,) = run.test(task, data, verbose=False)
     assert found["test_coverage"] == pytest.approx(0.8, abs=0.08)
@@ -184,14 +185,14 @@ def test_a_competition_is_trained_on_smape_and_tested_by_its_own_scores(tmp_path
     data = M4(str(tmp_path), "Yearly", batch_size=4)
     aim = Forecast(horizon=6, loss="smape")
     task = tiny_task(aim, look_back=12, patches=Patches(1, 1))
-    run = trainer(max_epochs=20)
+    run = quiet_trainer(max_epochs=20)
     run.fit(task, data)
     (found,) = run.test(task, data, verbose=False)
     assert found["test_loss"] < 5
     assert found["test_smape"] == pytest.approx(found["test_loss"], rel=1e-4)
     assert {"test_mase", "test_owa", "test_mse"} < set(found)
     longer = tiny_task(Forecast(horizon=8), look_back=12, patches=Patches(1, 1))
-    (found,) = trainer().test(longer, data, verbose=False)
+    (found,) = quiet_trainer().test(longer, data, verbose=False)
     assert found["test_owa"] > 0
 
 
@@ -201,7 +202,7 @@ def test_a_set_of_a_competition_forecasts_any_table(tmp_path: Path) -> None:
         head = ",".join(f"V{number}" for number in range(len(rows) + 1))
         (tmp_path / f"Yearly-{part}.csv").write_text("\n".join([head, *lines]) + "\n")
     task = tiny_task(Forecast(horizon=6), look_back=12, patches=Patches(1, 1))
-    trainer().fit(task, M4(str(tmp_path), "Yearly"))
+    quiet_trainer().fit(task, M4(str(tmp_path), "Yearly"))
     task.save_adapter(tmp_path / "set")
     series = Series(np.ones((15, 2)), ("a", "b"))
     assert Forecaster.from_file(tmp_path / "set").forecast(series).values.shape == (6, 2)

@@ -12,7 +12,8 @@ import torch
 from polyadapt.core import LoRA, attach
 from polyadapt.core.errors import AdaptError, StoreError
 from polyadapt.core.store import read_file
-from polyadapt.tests.series_cases import TINY, Waves, stir, tiny_task, trainer
+from polyadapt.tests.series_cases import TINY, Waves, stir, tiny_task
+from polyadapt.tests.training_cases import quiet_trainer
 from polyadapt.timeseries.adapters import code
 from polyadapt.timeseries.aims import Forecast, Impute
 from polyadapt.timeseries.backbones import NoLanguageModel
@@ -43,7 +44,7 @@ def test_at_the_published_setting_both_sizes_are_stated_and_true(tmp_path: Path,
 def test_a_description_comes_back_as_it_was_written(tmp_path: Path) -> None:
     aim = Forecast(horizon=4, loss="quantile", levels=(0.25, 0.5, 0.75))
     task = tiny_task(aim, patches=Patches(8, 4), seed_of_layers=3, adapter=code(rank=3).recipe)
-    trainer(fast_dev_run=True).fit(task, Waves())
+    quiet_trainer(fast_dev_run=True).fit(task, Waves())
     task.save_adapter(tmp_path / "set.safetensors")
     about = describe(tmp_path / "set.safetensors")
     assert about == task.about
@@ -79,12 +80,12 @@ def test_a_set_that_is_merged_is_still_written_with_the_layers_it_was_made_on(
 
 def test_a_tested_file_measures_what_the_trained_task_did(tmp_path: Path) -> None:
     task, data = tiny_task(), Waves()
-    run = trainer(max_epochs=2)
+    run = quiet_trainer(max_epochs=2)
     run.fit(task, data)
     expected = run.test(task, data, verbose=False)
     task.save_adapter(tmp_path / "set.safetensors")
     restored = SeriesTask.from_file(tmp_path / "set.safetensors")
-    assert trainer().test(restored, data, verbose=False) == expected
+    assert quiet_trainer().test(restored, data, verbose=False) == expected
 
 
 def _damaged(tmp_path: Path, **changes: Any) -> Path:

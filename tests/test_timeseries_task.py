@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from polyadapt.core import RunFiles
 from polyadapt.core.errors import AdaptError, SiteError
-from polyadapt.tests.series_cases import Waves, factors, tiny_task, trainer
+from polyadapt.tests.series_cases import Waves, factors, tiny_task
+from polyadapt.tests.training_cases import quiet_trainer
 from polyadapt.timeseries.adapters import code, paper
 from polyadapt.timeseries.backbones import NoLanguageModel, OneAttention
 from polyadapt.timeseries.scaling import Scaler
@@ -22,7 +23,7 @@ from polyadapt.timeseries.task import SeriesTask
 def test_training_lowers_the_error_and_leaves_everything_but_the_factors_alone() -> None:
     task, data = tiny_task(), Waves()
     before = {n: p.clone() for n, p in task.network.named_parameters() if not p.requires_grad}
-    run = trainer(max_epochs=8)
+    run = quiet_trainer(max_epochs=8)
     run.fit(task, data)
     (found,) = run.test(task, data, verbose=False)
     assert found["test_mse"] < 0.2 * _error_of_the_untrained()
@@ -33,13 +34,13 @@ def test_training_lowers_the_error_and_leaves_everything_but_the_factors_alone()
 
 
 def _error_of_the_untrained() -> float:
-    (found,) = trainer().test(tiny_task(), Waves(), verbose=False)
+    (found,) = quiet_trainer().test(tiny_task(), Waves(), verbose=False)
     return found["test_mse"]
 
 
 def test_the_logged_errors_are_means_over_all_windows_and_channels() -> None:
     task, data = tiny_task(), Waves()
-    (found,) = trainer().test(task, data, verbose=False)
+    (found,) = quiet_trainer().test(task, data, verbose=False)
     x, y = (torch.stack(tensors) for tensors in zip(*data.windows(2), strict=True))
     task.eval()
     with torch.no_grad():
@@ -60,7 +61,7 @@ def test_every_channel_is_forecast_as_if_it_were_alone() -> None:
 
 def test_the_data_is_told_the_window_and_tells_what_it_is() -> None:
     task, data = tiny_task(), Waves()
-    trainer(fast_dev_run=True).fit(task, data)
+    quiet_trainer(fast_dev_run=True).fit(task, data)
     assert (data.look_back, data.horizon) == (24, 4)
     assert (task.about.names, task.about.period) == (("left", "right"), 24)
     assert task.about.scaler == Scaler((1.0, -2.0), (2.0, 0.5))
@@ -68,7 +69,7 @@ def test_the_data_is_told_the_window_and_tells_what_it_is() -> None:
 
 
 def _rates(task: SeriesTask, epochs: int) -> list[float]:
-    run = trainer(max_epochs=epochs, limit_train_batches=1, limit_val_batches=0)
+    run = quiet_trainer(max_epochs=epochs, limit_train_batches=1, limit_val_batches=0)
     seen: list[float] = []
     step = task.on_before_optimizer_step
 
@@ -96,7 +97,7 @@ def _training(published: Any) -> dict[str, Any]:
 
 def test_the_optimiser_is_adam_without_weight_decay() -> None:
     task = tiny_task()
-    run = trainer(max_epochs=1, limit_train_batches=1)
+    run = quiet_trainer(max_epochs=1, limit_train_batches=1)
     run.fit(task, Waves())
     assert [group["weight_decay"] for group in run.optimizers[0].param_groups] == [0.0]
     assert not factors(task.adapters, "wpe").A[:, 3:].any()  # 3 patches
@@ -121,7 +122,7 @@ def test_early_stopping_and_the_best_epoch_work_as_the_configurations_have_it(
 ) -> None:
     task, data = tiny_task(lr=0.05), Waves()
     stop = EarlyStopping("val_mse", patience=1, min_delta=10)  # nothing is that much better
-    run = trainer(
+    run = quiet_trainer(
         max_epochs=9, enable_checkpointing=True, callbacks=[stop, _files(tmp_path, "val_mse")]
     )
     run.fit(task, data)
@@ -137,7 +138,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path: Path) -> None:
     def run(folder: str, epochs: int, start: Path | None = None) -> dict[str, Tensor]:
         torch.manual_seed(4)
         task = tiny_task(seed=1, schedule="cosine", cosine_epochs=4)
-        fit = trainer(
+        fit = quiet_trainer(
             max_epochs=4, enable_checkpointing=True, callbacks=[_files(tmp_path / folder)]
         )
         fit.fit_loop.max_epochs = epochs
@@ -152,11 +153,11 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_other_frozen_layers_is_refused_also_for_measuring(tmp_path: Path) -> None:
-    fit = trainer(enable_checkpointing=True, callbacks=[_files(tmp_path)])
+    fit = quiet_trainer(enable_checkpointing=True, callbacks=[_files(tmp_path)])
     fit.fit(tiny_task(seed_of_layers=1), Waves())
     with pytest.raises(AdaptError, match="trained on other frozen layers: use its seed_of_layers"):
-        trainer().test(tiny_task(), Waves(), ckpt_path=tmp_path / "last.ckpt")
-    trainer().test(
+        quiet_trainer().test(tiny_task(), Waves(), ckpt_path=tmp_path / "last.ckpt")
+    quiet_trainer().test(
         tiny_task(seed_of_layers=1), Waves(), ckpt_path=tmp_path / "last.ckpt", verbose=False
     )
 
@@ -166,7 +167,7 @@ def test_a_checkpoint_of_other_frozen_layers_is_refused_also_for_measuring(tmp_p
 )
 def test_baselines_without_a_language_model_train_alike(backbone: Any) -> None:
     task = tiny_task(backbone=backbone)
-    trainer(max_epochs=2).fit(task, Waves())
+    quiet_trainer(max_epochs=2).fit(task, Waves())
     assert factors(task.adapters, "positions").A[:, :3].any()
     assert factors(task.adapters, "out_layer").B.any()
 
@@ -174,7 +175,7 @@ def test_baselines_without_a_language_model_train_alike(backbone: Any) -> None:
 def test_the_input_layer_can_be_a_third_site() -> None:
     network = tiny_task().network
     task = tiny_task(at=[*network.sites, "in_layer"])
-    trainer().fit(task, Waves())
+    quiet_trainer().fit(task, Waves())
     assert factors(task.adapters, "in_layer").B.any()
 
 

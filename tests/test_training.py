@@ -21,8 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from polyadapt.core import AdaptError, FullFineTuning, HeadOnly, LoRA, MoSA, Recipe
 from polyadapt.core.order import epoch_loader
 from polyadapt.core.training import AdaptedModule, warmup_cosine
-
-pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+from polyadapt.tests.training_cases import quiet_trainer
 
 QKV = "blocks.*.attn.qkv"
 
@@ -61,9 +60,7 @@ def pictures(number: int = 20) -> TensorDataset:
 
 
 def fit(task: AdaptedModule, number: int = 20, **options: Any) -> Trainer:
-    shown = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger")
-    quiet = {"accelerator": "cpu", **dict.fromkeys(shown, False)}
-    trainer = Trainer(**{"max_epochs": 1, **quiet, **options})
+    trainer = quiet_trainer(**options)
     loader: DataLoader[Any] = epoch_loader(pictures(number), 4, seed=0)
     trainer.fit(task, loader)
     return trainer

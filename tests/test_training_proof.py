@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from polyadapt.core import VPT, AdaptedModule, AdaptError, BitFit, Recipe
+from polyadapt.tests.training_cases import quiet_trainer
 
 
 class Task(AdaptedModule):
@@ -34,10 +34,8 @@ def vit(**settings: Any) -> VisionTransformer:
 
 
 def fit(task: Task) -> None:
-    shown = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger")
-    trainer = Trainer(max_epochs=1, accelerator="cpu", **dict.fromkeys(shown, False))  # type: ignore[arg-type]
     data = TensorDataset(torch.randn(8, 3, 16, 16), torch.randint(3, (8,)))
-    trainer.fit(task, DataLoader(data, batch_size=4))
+    quiet_trainer().fit(task, DataLoader(data, batch_size=4))
 
 
 def test_prompts_that_nothing_calls_are_named_at_the_first_batch() -> None:

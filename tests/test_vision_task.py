@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from polyadapt.core.errors import AdaptError, StoreError
 from polyadapt.core.images.classifying import Prediction
 from polyadapt.core.images.data import ArrayData
 from polyadapt.core.images.preprocessing import Preprocessing
-from polyadapt.core.run_files import RunFiles
 from polyadapt.core.store import read_file
+from polyadapt.tests.training_cases import trainer_in
 from polyadapt.vision.backbones import TimmBackbone
 from polyadapt.vision.predict import Classifier
 from polyadapt.vision.task import ImageClassification
@@ -36,13 +35,6 @@ SPEC = TimmBackbone(
     options={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
 )
 QKV = "blocks.*.attn.qkv"
-
-
-@pytest.fixture(autouse=True)
-def _lightning_is_calm() -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        yield
 
 
 def task_of(recipe: Recipe | None = None, **settings: Any) -> ImageClassification:
@@ -73,18 +65,6 @@ def save_arrays(path: Path, count: int = 24) -> None:
         test_images=images,
         test_labels=labels,
         classes=np.array(["red", "green", "blue"]),
-    )
-
-
-def trainer_in(folder: Path, epochs: int, *callbacks: Callback) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[*callbacks, RunFiles(folder)],
     )
 
 
@@ -182,7 +162,7 @@ def test_classes_and_preprocessing_pass_between_data_and_task(tmp_path: Path) ->
     save_arrays(tmp_path / "a.npz")
     data = ArrayData(str(tmp_path / "a.npz"), val_share=0.25, batch_size=6)
     task = ImageClassification(SPEC, LoRA(rank=2), QKV, preprocessing="imagenet")
-    trainer_in(tmp_path / "run", 1).fit(task, datamodule=data)
+    trainer_in(tmp_path / "run").fit(task, datamodule=data)
     assert task.classes == ("red", "green", "blue")
     assert data.preprocessing == task.preprocessing
     assert task.preprocessing.mean == (0.485, 0.456, 0.406)
@@ -205,7 +185,7 @@ def test_a_head_for_other_classes_than_the_data_s_is_refused(tmp_path: Path) -> 
     save_arrays(tmp_path / "a.npz")
     data = ArrayData(str(tmp_path / "a.npz"))
     with pytest.raises(AdaptError, match=r"the head knows .*cat.*, the data has .*red"):
-        trainer_in(tmp_path / "run", 1).fit(task_of(), datamodule=data)
+        trainer_in(tmp_path / "run").fit(task_of(), datamodule=data)
 
 
 @pytest.mark.parametrize("recipe", [LoRA(rank=2), MoSA(rank=4), HeadOnly()])
@@ -287,7 +267,7 @@ def test_a_small_problem_is_learnt(tmp_path: Path) -> None:
     data = ArrayData(str(tmp_path / "a.npz"), val_share=0.25, batch_size=6)
     torch.manual_seed(0)
     task = ImageClassification(SPEC, LoRA(rank=4), QKV, lr=1e-2)
-    trainer = trainer_in(tmp_path / "run", 15)
+    trainer = trainer_in(tmp_path / "run", max_epochs=15)
     trainer.fit(task, datamodule=data)
     (found,) = trainer.test(task, datamodule=data, verbose=False)
     assert found["test_top1"] > 0.9  # the class is a colour; chance is a third
@@ -311,7 +291,7 @@ def test_a_resumed_run_sees_the_same_augmented_images_and_ends_in_the_same_bits(
         torch.manual_seed(1)
         data = ArrayData(str(tmp_path / "a.npz"), batch_size=6, augmentation="random_resized_crop")
         task = ImageClassification(SPEC, MoSA(rank=4), lr=1e-2)
-        trainer = trainer_in(tmp_path / folder, 3, *callbacks)
+        trainer = trainer_in(tmp_path / folder, *callbacks, max_epochs=3)
         trainer.fit(task, datamodule=data, ckpt_path=start)
         return task.state_dict()
 

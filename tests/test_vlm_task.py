@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from torch.optim import Optimizer
 from polyadapt.core import BitFit, LoRA, Recipe, activate
 from polyadapt.core.errors import AdaptError, StoreError
 from polyadapt.core.images.data import ArrayData
-from polyadapt.core.run_files import RunFiles
 from polyadapt.core.store import read_file
+from polyadapt.tests.training_cases import trainer_in
 from polyadapt.tests.vlm_cases import COLOURS, TEMPLATE, TinyCLIP, save_colours
 from polyadapt.vlm.adapters import CLIP_LORA
 from polyadapt.vlm.predict import Classifier
@@ -26,13 +25,6 @@ from polyadapt.vlm.prompts import class_tokens
 from polyadapt.vlm.task import ImageTextClassification, cosine
 
 pytestmark = pytest.mark.slow  # whole runs
-
-
-@pytest.fixture(autouse=True)
-def _lightning_is_calm() -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        yield
 
 
 def task_of(recipe: Recipe = CLIP_LORA, **settings: Any) -> ImageTextClassification:
@@ -63,18 +55,6 @@ class Rates(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         self.seen.append(optimizer.param_groups[0]["lr"])
-
-
-def trainer_in(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[*callbacks, RunFiles(folder)],
-        **settings,
-    )
 
 
 def fitted(
