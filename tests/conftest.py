@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,19 @@ def _leaves_the_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     assert torch.get_num_threads() == before
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(request: pytest.FixtureRequest) -> None:
+    """A test that is marked so is there before any other fixture writes files for it."""
+    if request.node.get_closest_marker("in_an_empty_folder"):
+        request.getfixturevalue("monkeypatch").chdir(request.getfixturevalue("tmp_path"))
+
+
+@pytest.fixture
+def after_training(trained: Path, tmp_path: Path) -> None:
+    """The test's folder holds what the module's `trained` made once."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="session")

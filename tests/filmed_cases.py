@@ -11,7 +11,7 @@ import soundfile
 from polyadapt.speech.mouth_video import mouth_video
 from polyadapt.speech.scenes import seeded
 from polyadapt.speech.synthetic import speech_like
-from polyadapt.tests.vision_cases import changed
+from polyadapt.tests.command_cases import changed
 
 WIDTH = 6  # of features
 SIZES = {

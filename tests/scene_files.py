@@ -13,9 +13,18 @@ from torch import Tensor
 from polyadapt.geometry3d.reconstruction import Reconstruction
 
 
-def save_image(image: Tensor, path: Path) -> None:
+def save_image(image: Tensor, path: Path, mode: str = "RGB") -> None:
     """[3, h, w] in 0..1, to the nearest of 8 bits."""
-    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+def save_images(images: Tensor, folder: Path, mode: str = "RGB") -> Path:
+    """0.png, 1.png, ... in a new folder."""
+    folder.mkdir()
+    for number, image in enumerate(images):
+        save_image(image, folder / f"{number}.png", mode)
+    return folder
 
 
 def save_depth(depth: Tensor, path: Path, scale: float) -> None:

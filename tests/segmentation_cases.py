@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from polyadapt.core import LoRA, Recipe
+from polyadapt.tests.command_cases import changed
 from polyadapt.tests.medical_cases import SPARSE, save_vessels
-from polyadapt.tests.vision_cases import changed
 from polyadapt.vision.medical.backbones import TransformersSAM
 from polyadapt.vision.medical.data import Batch, GeneratedVessels
 from polyadapt.vision.medical.task import Segmentation

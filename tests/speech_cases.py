@@ -10,8 +10,8 @@ import numpy as np
 import soundfile
 import torch
 
+from polyadapt.tests.command_cases import changed
 from polyadapt.tests.speech_models import ENGLISH, tiny_whisper
-from polyadapt.tests.vision_cases import changed
 
 TEXTS = ("seven three", "one", "the cat sat on the mat")
 

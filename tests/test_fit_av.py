@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,67 +10,38 @@ import numpy as np
 import pytest
 import torch
 
-from polyadapt.core import cli
 from polyadapt.core.configuration import DomainCLI
 from polyadapt.core.fitting import calm
 from polyadapt.core.run_folder import say_how_to_go_on
 from polyadapt.core.store import read_file
 from polyadapt.speech.av_configuration import DOMAIN
 from polyadapt.tests import speech_cases
+from polyadapt.tests.command_cases import Run, command, rows_of, trained_in, write
 from polyadapt.tests.filmed_cases import configuration, save_film, save_films
 from polyadapt.tests.speech_cases import save_manifest, save_whisper
-from polyadapt.tests.vision_cases import Ran, write
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_an_empty_folder]
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "speech"
 ADAPTER = "runs/a/adapter.safetensors"
-Run = Callable[..., Ran]
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def command(*words: str) -> Ran:
-        capsys.readouterr()
-        code = cli.main(["speech", *words])
-        return Ran(code, *capsys.readouterr())
-
-    return command
+    return command(capsys, "speech")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, before = tmp_path_factory.mktemp("filmed"), Path.cwd()
-    os.chdir(folder)
-    try:
-        save_whisper()
-        save_films()
-        write("a.yaml", configuration(monitor="val_loss", monitor_mode="min"))
-        assert cli.main(["speech", "fit-av", "--config", "a.yaml"]) == 0
-    finally:
-        os.chdir(before)
-    return folder
-
-
-@pytest.fixture
-def after_training(trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    made = configuration(monitor="val_loss", monitor_mode="min")
+    folder = tmp_path_factory.mktemp("filmed")
+    return trained_in(folder, "speech fit-av", made, save_whisper, save_films)
 
 
 @pytest.fixture
 def before_training() -> None:
     save_whisper()
     save_films()
-
-
-def rows(path: str) -> list[dict[str, str]]:
-    with Path(path).open() as file:
-        return list(csv.DictReader(file))
 
 
 # What is written
@@ -84,7 +52,7 @@ def test_a_run_leaves_its_files_its_losses_and_what_the_set_is_for() -> None:
     assert {"adapter.safetensors", "config.yaml", "last.ckpt", "metrics.csv"} < {
         file.name for file in Path("runs/a").iterdir()
     }
-    epochs = rows("runs/a/metrics.csv")
+    epochs = rows_of("runs/a/metrics.csv")
     assert [row["epoch"] for row in epochs] == ["1", "2"]
     assert {"train_loss", "val_loss", "val_mel", "val_states"} < set(epochs[0])
     extra = read_file(ADAPTER).extra
@@ -107,8 +75,8 @@ def test_a_run_that_is_resumed_ends_as_one_that_was_not(run: Run) -> None:
     whole, resumed = (read_file(f"runs/{name}/adapter.safetensors") for name in "ab")
     for name, tensor in (whole.tensors | whole.head).items():
         assert torch.equal((resumed.tensors | resumed.head)[name], tensor), name
-    assert [row["val_loss"] for row in rows("runs/b/metrics.csv")] == [
-        row["val_loss"] for row in rows("runs/a/metrics.csv")
+    assert [row["val_loss"] for row in rows_of("runs/b/metrics.csv")] == [
+        row["val_loss"] for row in rows_of("runs/a/metrics.csv")
     ]
 
 
@@ -117,7 +85,7 @@ def test_a_set_is_validated_from_its_file_alone(run: Run) -> None:
     write("data.yaml", {key: configuration()[key] for key in ("data", "trainer")})
     ran = run("validate-av", "--config", "data.yaml", "--set", ADAPTER)
     assert ran.code == 0
-    best = min(float(row["val_loss"]) for row in rows("runs/a/metrics.csv"))
+    best = min(float(row["val_loss"]) for row in rows_of("runs/a/metrics.csv"))
     line = next(line for line in ran.out.splitlines() if "val_loss" in line)
     assert float(line.replace("│", " ").split()[-1]) == pytest.approx(best, abs=1e-5)
 

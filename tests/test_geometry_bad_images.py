@@ -2,72 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
 
-from polyadapt.core import cli
 from polyadapt.core.errors import AdaptError
 from polyadapt.geometry3d.connected import require_connected
 from polyadapt.geometry3d.pointmaps import Pair
 from polyadapt.geometry3d.predictions import Predictions
 from polyadapt.geometry3d.scenes.camouflage import camouflaged
+from polyadapt.tests.command_cases import Run, command
+from polyadapt.tests.scene_files import save_images
 
 pytestmark = pytest.mark.slow
 
-Run = Callable[..., tuple[int, str, str]]
 WORDS = ("--backbone", "small", "--focal", "64", "--sweeps", "3")
 
 
 @pytest.fixture
 def reconstruct(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*words: object) -> tuple[int, str, str]:
-        asked = ["geometry3d", "reconstruct", *map(str, words), "--out", str(tmp_path / "found")]
-        code = cli.main([*asked, *WORDS])
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def _saved(folder: Path, images: Tensor, mode: str = "RGB") -> Path:
-    folder.mkdir()
-    for number, image in enumerate((255 * images).round().byte().permute(0, 2, 3, 1)):
-        Image.fromarray(image.numpy()).convert(mode).save(folder / f"{number}.png")
-    return folder
-
-
-def _refused(found: tuple[int, str, str]) -> str:
-    code, _, err = found
-    (line,) = err.splitlines()
-    assert code == 2
-    return line
+    words = ("--out", str(tmp_path / "found"), *WORDS)
+    return command(capsys, "geometry3d", "reconstruct", *words)
 
 
 def test_images_of_different_places_are_refused(tmp_path: Path, reconstruct: Run) -> None:
     images = torch.stack([camouflaged(seed, 1).images[0] for seed in (40, 41, 42)])
-    line = _refused(reconstruct(_saved(tmp_path / "apart", images)))
+    line = reconstruct(save_images(images, tmp_path / "apart")).line()
     assert "0.png overlaps no other image as far as the network is sure" in line
     assert not (tmp_path / "found").exists()
 
 
 def test_an_image_of_another_place_is_named(tmp_path: Path, reconstruct: Run) -> None:
     images = torch.cat([camouflaged(40, 3).images, camouflaged(42, 1).images])
-    line = _refused(reconstruct(_saved(tmp_path / "one", images)))
+    line = reconstruct(save_images(images, tmp_path / "one")).line()
     assert "3.png: overlaps no other image" in line
 
 
 def test_images_without_texture_are_refused(tmp_path: Path, reconstruct: Run) -> None:
     shades = torch.tensor([0.3, 0.4, 0.5])[:, None, None, None].expand(-1, 3, 48, 64)
-    line = _refused(reconstruct(_saved(tmp_path / "blank", shades)))
+    line = reconstruct(save_images(shades, tmp_path / "blank")).line()
     assert "it needs texture, and cameras that stand apart" in line
 
 
 def test_a_scene_in_grey_is_reconstructed(tmp_path: Path, reconstruct: Run) -> None:
-    code, said, _ = reconstruct(_saved(tmp_path / "grey", camouflaged(40, 3).images, "L"))
+    code, said, _ = reconstruct(save_images(camouflaged(40, 3).images, tmp_path / "grey", "L"))
     assert code == 0
     assert said.startswith("3 views, ")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +13,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from polyadapt.core import cli
 from polyadapt.geometry3d import calibrate as verb
 from polyadapt.geometry3d import telling
 from polyadapt.geometry3d.asking import backbone_of
 from polyadapt.geometry3d.scene_file import read_scene
 from polyadapt.geometry3d.small import SmallNetwork
 from polyadapt.tests.calibration_cases import FOCAL, HEIGHT, VIEWS, WIDTH, WORD, drawn, hills
+from polyadapt.tests.command_cases import Run, command
 from polyadapt.tests.scene_files import write_replica
 
-Run = Callable[..., tuple[int, str, str]]
 QUICK = ("--sweeps", 10, "--mu", 10, "--rank", 2, "--lr", 0.05, "--epochs", 2, "--batch", 6)
 KNOWN = ("--backbone", WORD, "--focal", FOCAL)
 
@@ -32,20 +30,7 @@ KNOWN = ("--backbone", WORD, "--focal", FOCAL)
 def polyadapt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """The command: its exit code, what it prints, and its complaints; no progress on slow days."""
     monkeypatch.setattr(telling, "PATIENCE", math.inf)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        code = cli.main(["geometry3d", *map(str, words)])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
-
-
-def _refused(found: tuple[int, str, str]) -> str:
-    code, _, err = found
-    (line,) = err.splitlines()
-    assert code == 2
-    return line
+    return command(capsys, "geometry3d")
 
 
 @pytest.fixture
@@ -193,9 +178,9 @@ def test_images_of_another_size_and_orientation_are_brought_to_the_views(
 
 def test_one_image_is_refused(images: Path, tmp_path: Path, polyadapt: Run) -> None:
     words = (images / "hill0.png", *KNOWN, "--out", tmp_path / "found")
-    assert "at least 2 different ones" in _refused(polyadapt("reconstruct", *words))
+    assert "at least 2 different ones" in polyadapt("reconstruct", *words).line()
     words = (images / "hill0.png", *KNOWN, "--out", tmp_path / "a.safetensors")
-    assert "at least 4 different ones" in _refused(polyadapt("calibrate", *words))
+    assert "at least 4 different ones" in polyadapt("calibrate", *words).line()
 
 
 def test_identical_images_are_left_out_and_told(
@@ -208,13 +193,13 @@ def test_identical_images_are_left_out_and_told(
     assert said.startswith("left out: zero.png is hill0.png again\n6 views, ")
     both = (images / "zero.png", images / "hill0.png")
     found = polyadapt("reconstruct", *both, *KNOWN, "--out", tmp_path / "other")
-    assert "2 images are only 1 different ones" in _refused(found)
+    assert "2 images are only 1 different ones" in found.line()
 
 
 def test_a_file_that_is_no_image_is_named(images: Path, tmp_path: Path, polyadapt: Run) -> None:
     (images / "hill3.png").write_bytes(b"not a picture")
     words = (images, *KNOWN, "--out", tmp_path / "found")
-    line = _refused(polyadapt("reconstruct", *words))
+    line = polyadapt("reconstruct", *words).line()
     assert "cannot read the image" in line
     assert "hill3.png" in line
     assert not (tmp_path / "found").exists()
@@ -227,7 +212,7 @@ def test_two_hundred_images_need_a_graph_or_a_limit(tmp_path: Path, polyadapt: R
         shade = torch.full((HEIGHT, WIDTH), number, dtype=torch.uint8)
         Image.fromarray(shade.numpy()).save(folder / f"{number:03}.png")
     words = (folder, *KNOWN, "--out", tmp_path / "found")
-    line = _refused(polyadapt("reconstruct", *words))
+    line = polyadapt("reconstruct", *words).line()
     assert "200 images make 39800 ordered pairs, more than 1000" in line
     assert "`window` (a film) or `retrieval`" in line
 
@@ -253,7 +238,7 @@ def test_a_network_that_is_sure_of_nothing_is_one_line(
         lambda *a: said(*a)._replace(confidence2=torch.ones(len(a[1]), HEIGHT, WIDTH)),
     )
     words = (images, *KNOWN, "--out", tmp_path / "found")
-    assert "overlaps no other" in _refused(polyadapt("reconstruct", *words))
+    assert "overlaps no other" in polyadapt("reconstruct", *words).line()
 
 
 @pytest.mark.parametrize(
@@ -278,7 +263,7 @@ def test_a_network_that_is_sure_of_nothing_is_one_line(
 def test_words_that_do_not_suit_are_one_line(
     words: tuple[str, ...], complaint: str, images: Path, tmp_path: Path, polyadapt: Run
 ) -> None:
-    line = _refused(polyadapt("reconstruct", images, "--out", tmp_path / "found", *words))
+    line = polyadapt("reconstruct", images, "--out", tmp_path / "found", *words).line()
     assert complaint in line
     assert not (tmp_path / "found").exists()
 
@@ -292,10 +277,10 @@ def test_weights_of_ones_own_small_network_are_known_by_what_they_say(
     built = backbone_of(str(file), focal=50.0).build().state_dict()
     assert all(torch.equal(built[name], value) for name, value in state.items())
     words = ("--backbone", file, "--out", tmp_path / "found")
-    assert "mine.safetensors needs --focal" in _refused(polyadapt("reconstruct", images, *words))
+    assert "mine.safetensors needs --focal" in polyadapt("reconstruct", images, *words).line()
     state.pop("sharpness")
     save_file(state, file, {"pretraining": "{}"})
-    line = _refused(polyadapt("reconstruct", images, *words, "--focal", 50))
+    line = polyadapt("reconstruct", images, *words, "--focal", 50).line()
     assert "does not hold weights that `polyadapt geometry3d pretrain-small` wrote" in line
 
 
@@ -304,9 +289,9 @@ def test_a_place_that_is_taken_is_refused_before_anything_is_computed(
 ) -> None:
     out = tmp_path / "old.safetensors"
     out.write_text("old")
-    line = _refused(polyadapt("calibrate", images, "--out", out, *KNOWN))
+    line = polyadapt("calibrate", images, "--out", out, *KNOWN).line()
     assert line.endswith("old.safetensors is there already: remove it, or name another --out")
-    assert "is there already" in _refused(polyadapt("reconstruct", images, *KNOWN, "--out", images))
+    assert "is there already" in polyadapt("reconstruct", images, *KNOWN, "--out", images).line()
     words = ("--out", tmp_path / "gone" / "a.safetensors")
-    assert "does not exist" in _refused(polyadapt("calibrate", images, *words, *KNOWN))
+    assert "does not exist" in polyadapt("calibrate", images, *words, *KNOWN).line()
     assert out.read_text() == "old"

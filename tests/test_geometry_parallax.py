@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from polyadapt.core import cli
 from polyadapt.core.errors import AdaptError
 from polyadapt.geometry3d.cameras import inverse_poses, moved, pose
 from polyadapt.geometry3d.connected import one_scene
@@ -21,10 +18,11 @@ from polyadapt.geometry3d.predictions import Predictions
 from polyadapt.geometry3d.reconstruction import Reconstruction
 from polyadapt.geometry3d.rotations import rotation_of
 from polyadapt.geometry3d.scenes.camouflage import NIGHT, NONE, Shift, camouflaged
+from polyadapt.tests.command_cases import Run, command
+from polyadapt.tests.scene_files import save_images
 
 pytestmark = pytest.mark.slow
 
-Run = Callable[..., tuple[int, str, str]]
 HERE = torch.zeros(3)
 SEEDS = (60, 61, 62, 63)  # heightfields and boxes
 # Radians about x, y and z.
@@ -138,16 +136,9 @@ def test_nothing_is_told_of_images_that_are_too_small() -> None:
 
 @pytest.fixture
 def reconstruct(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(images: Tensor) -> tuple[int, str, str]:
-        (tmp_path / "images").mkdir()
-        for number, image in enumerate((255 * images).round().byte().permute(0, 2, 3, 1)):
-            Image.fromarray(image.numpy()).save(tmp_path / "images" / f"{number}.png")
-        words = "--backbone", "small", "--focal", "64", "--sweeps", "3"
-        asked = str(tmp_path / "images"), "--out", str(tmp_path / "found")
-        code = cli.main(["geometry3d", "reconstruct", *asked, *words])
-        return code, *capsys.readouterr()
-
-    return run
+    words = ("--backbone", "small", "--focal", 64, "--sweeps", 3, "--out", tmp_path / "found")
+    run = command(capsys, "geometry3d", "reconstruct")
+    return lambda images: run(save_images(images, tmp_path / "images"), *words)
 
 
 @pytest.mark.parametrize("seed", [40, 41, 44])
@@ -155,9 +146,7 @@ def test_the_small_network_is_not_asked_to_make_a_scene_of_turns(
     seed: int, reconstruct: Run, tmp_path: Path
 ) -> None:
     turns = ((0.0, 0.0, 0.0), (0.03, 0.07, 0.0), (-0.03, -0.06, 0.02))
-    code, _, err = reconstruct(seen_from(seed, *map(camera, turns)).images)
-    (line,) = err.splitlines()
-    assert code == 2
+    line = reconstruct(seen_from(seed, *map(camera, turns)).images).line()
     assert "0.png and the others show no parallax" in line
     assert not (tmp_path / "found").exists()
 

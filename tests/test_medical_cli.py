@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,15 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
-from polyadapt.core import cli
 from polyadapt.core.store import read_file
+from polyadapt.tests.command_cases import (
+    Run,
+    changed,
+    command,
+    rows_of,
+    trained_in,
+    write,
+)
 from polyadapt.tests.medical_cases import save_vessels
 from polyadapt.tests.segmentation_cases import (
     DECODER_OPTIONS,
@@ -24,54 +30,28 @@ from polyadapt.tests.segmentation_cases import (
     configuration,
     save_pictures,
 )
-from polyadapt.tests.vision_cases import Ran, changed, save_labelled, write
 from polyadapt.tests.vision_cases import configuration as of_a_classifier
+from polyadapt.tests.vision_cases import save_labelled
 from polyadapt.vision.medical.describe import describe
 from polyadapt.vision.medical.losses import SALTReleased
 from polyadapt.vision.medical.mask_head import TextToken
 from polyadapt.vision.medical.view import View
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_an_empty_folder]
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs/vision/medical").glob("*.yaml"))
 WIDE = {"hidden_size": 768, "patch_size": 16, "num_hidden_layers": 1, "global_attn_indexes": [0]}
-Run = Callable[..., Ran]
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def command(*words: str) -> Ran:
-        capsys.readouterr()
-        code = cli.main(["vision", *words])
-        return Ran(code, *capsys.readouterr())
-
-    return command
+    return command(capsys, "vision")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as moved:
-        moved.chdir(folder)
-        save_pictures()
-        write("a.yaml", configuration())
-        assert cli.main(["vision", "fit", "--config", "a.yaml"]) == 0
-    return folder
-
-
-@pytest.fixture
-def after_training(trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-
-
-def rows_of(path: str) -> list[dict[str, str]]:
-    with Path(path).open() as file:
-        return list(csv.DictReader(file))
+    return trained_in(folder, "vision fit", configuration(), save_pictures)
 
 
 class StopAfterOne(Callback):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from polyadapt.core import LoRA, attach, cli
+from polyadapt.core import LoRA, attach
+from polyadapt.tests.command_cases import Ran, Run, command, rows_of
 from polyadapt.tests.medical_cases import as_dicom, as_nifti
 from polyadapt.tests.sam_models import noisy
 from polyadapt.tests.segment_cases import BRIGHT, SIDE, bright, in_boxes
-from polyadapt.tests.vision_cases import Ran, started
+from polyadapt.tests.vision_cases import started
 from polyadapt.vision.medical.backbones import TransformersSAM
 from polyadapt.vision.medical.describe import Segmenter
 from polyadapt.vision.medical.files import File
@@ -29,7 +28,8 @@ from polyadapt.vision.medical.inference import in_windows
 from polyadapt.vision.medical.masks import read_mask
 from polyadapt.vision.medical.task import Segmentation
 
-Run = Callable[..., Ran]
+pytestmark = pytest.mark.in_an_empty_folder
+
 VISION = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
 TINY = TransformersSAM(
     pretrained=False,
@@ -51,11 +51,6 @@ def save_tiny_set(path: Path, says: TransformersSAM = TINY, **told: Any) -> Path
     return path
 
 
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_set(tmp_path_factory.mktemp("set") / "tiny.safetensors")
@@ -63,12 +58,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tiny: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    def command(*words: str, set_file: Path = tiny) -> Ran:
-        capsys.readouterr()
-        code = cli.main(["vision", "segment", f"--set={set_file}", "--out=masks", *words])
-        return Ran(code, *capsys.readouterr())
+    segment = command(capsys, "vision", "segment")
 
-    return command
+    def run(*words: str, set_file: Path = tiny) -> Ran:
+        return segment(f"--set={set_file}", "--out=masks", *words)
+
+    return run
 
 
 @pytest.fixture
@@ -102,8 +97,7 @@ def size_of(name: str) -> tuple[int, int]:
 
 
 def rows() -> list[dict[str, str]]:
-    with Path("masks/areas.csv").open() as file:
-        return list(csv.DictReader(file))
+    return rows_of("masks/areas.csv")
 
 
 # What is written

@@ -16,6 +16,8 @@ from polyadapt.core.complaints import in_one_line
 from polyadapt.core.errors import AdaptError
 from polyadapt.tests.domain_cases import CASES, Case, outcome, with_value
 
+pytestmark = pytest.mark.in_an_empty_folder
+
 CALL: dict[str, Any] = {"class_path": "os.mkdir", "init_args": {"path": "trace"}}
 SAID = "class_path 'os.mkdir' is not allowed here: numbers, words, lists and keys with values are"
 NO_FUNCTION = SAID.replace("class_path", "the function")
@@ -30,11 +32,6 @@ FORMS: dict[str, Any] = {
     "with another key": {"a": {**CALL, "b": 1}},
     "in a class": {"a": {"class_path": "collections.OrderedDict", "init_args": {"a": CALL}}},
 }
-
-
-@pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def _dotted(case: Case) -> str:

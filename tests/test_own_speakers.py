@@ -18,15 +18,10 @@ from polyadapt.speech.scene_settings import Noise
 from polyadapt.speech.scenes import Talkers, seeded
 from polyadapt.speech.tokens import Tokens
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_an_empty_folder]
 
 SPEAKERS = ("ann", "bob", "cid", "dan", "eve", "fay")
 SECONDS = 0.4
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def manifest(parts: dict[str, str], clips: int = 2) -> str:

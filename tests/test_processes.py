@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 import subprocess
 import sys
@@ -18,8 +17,9 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from polyadapt.core import SALT, AdaptError, LoRA, cli
 from polyadapt.core.store import read_file
 from polyadapt.core.training import require_strategy
+from polyadapt.tests.command_cases import CODE, rows_of, write
 from polyadapt.tests.test_training import QKV, Task, fit
-from polyadapt.tests.vision_cases import CODE, configuration, save_labelled, write
+from polyadapt.tests.vision_cases import configuration, save_labelled
 
 pytestmark = pytest.mark.slow  # whole runs
 
@@ -43,8 +43,8 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 
 def epochs(folder: str) -> list[dict[str, float]]:
-    with Path(folder, "metrics.csv").open() as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    rows = rows_of(Path(folder, "metrics.csv"))
+    return [{name: float(value) for name, value in row.items()} for row in rows]
 
 
 def assert_same(folder: str, alone: str) -> None:

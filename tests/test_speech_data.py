@@ -32,13 +32,10 @@ from polyadapt.speech.scene_settings import Noise
 from polyadapt.speech.tokens import IGNORED, Tokens
 from polyadapt.tests.speech_cases import TEXTS, save_clip, save_manifest
 
+pytestmark = pytest.mark.in_an_empty_folder
+
 TOKENS = Tokens(51864)
 WANTS = Wants(80, 0.6, TOKENS)
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def ready(data: SpeechData, wants: Wants = WANTS) -> SpeechData:

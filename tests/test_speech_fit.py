@@ -2,70 +2,37 @@
 
 from __future__ import annotations
 
-import csv
-import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from polyadapt.core import cli
 from polyadapt.core.configuration import DomainCLI
 from polyadapt.core.fitting import calm
 from polyadapt.core.store import read_file
 from polyadapt.speech.configuration import DOMAIN
+from polyadapt.tests.command_cases import Run, command, rows_of, trained_in, write
 from polyadapt.tests.speech_cases import configuration, save_clip, save_manifest, save_whisper
-from polyadapt.tests.vision_cases import Ran, write
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_an_empty_folder]
 
 FOLDER = Path(__file__).parent.parent / "configs" / "speech"
 CONFIGS = sorted({*FOLDER.glob("*.yaml")} - {*FOLDER.glob("avsr*.yaml")})
-Run = Callable[..., Ran]
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def command(*words: str) -> Ran:
-        capsys.readouterr()
-        code = cli.main(["speech", *words])
-        return Ran(code, *capsys.readouterr())
-
-    return command
+    return command(capsys, "speech")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, before = tmp_path_factory.mktemp("trained"), Path.cwd()
-    os.chdir(folder)
-    try:
-        save_whisper()
-        save_manifest()
-        write("a.yaml", configuration(monitor="val_wer", monitor_mode="min"))
-        assert cli.main(["speech", "fit", "--config", "a.yaml"]) == 0
-    finally:
-        os.chdir(before)
-    return folder
-
-
-@pytest.fixture
-def after_training(trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-
-
-def rows(path: str) -> list[dict[str, str]]:
-    with Path(path).open() as file:
-        return list(csv.DictReader(file))
+    made = configuration(monitor="val_wer", monitor_mode="min")
+    folder = tmp_path_factory.mktemp("trained")
+    return trained_in(folder, "speech fit", made, save_whisper, save_manifest)
 
 
 # What is written
@@ -81,7 +48,7 @@ def test_a_run_leaves_its_files_and_its_rates_for_each_epoch() -> None:
         "learning_curve.png",
         "metrics.csv",
     }
-    epochs = rows("runs/a/metrics.csv")
+    epochs = rows_of("runs/a/metrics.csv")
     assert [row["epoch"] for row in epochs] == ["1", "2"]
     assert {"val_loss", "val_wer", "val_cer", "val_heard_in_silence"} < set(epochs[0])
     extra = read_file("runs/a/adapter.safetensors").extra
@@ -101,9 +68,9 @@ def test_the_effective_configuration_gives_the_same_adapters_again(run: Run) -> 
 def test_a_test_writes_what_was_heard_in_each_clip(run: Run) -> None:
     file = "--set=runs/a/adapter.safetensors"
     assert run("test", "--config", "runs/a/config.yaml", file).code == 0
-    heard = rows("runs/a/transcripts.csv")
+    heard = rows_of("runs/a/transcripts.csv")
     assert sorted(row["clip"] for row in heard) == ["clips/11.wav", "clips/5.wav"]
-    (rates,) = rows("runs/a/test_metrics.csv")
+    (rates,) = rows_of("runs/a/test_metrics.csv")
     edits, words = (sum(int(row[name]) for row in heard) for name in ("edits", "words"))
     assert words == 12
     assert float(rates["test_wer"]) == pytest.approx(edits / words)

@@ -10,6 +10,7 @@ import soundfile
 
 from polyadapt.core import cli
 from polyadapt.core.store import read_file
+from polyadapt.tests.command_cases import write
 from polyadapt.tests.speech_cases import (
     configuration,
     save_clip,
@@ -17,7 +18,6 @@ from polyadapt.tests.speech_cases import (
     save_whisper,
 )
 from polyadapt.tests.test_processes import assert_same, finished, started
-from polyadapt.tests.vision_cases import write
 
 pytestmark = pytest.mark.slow  # whole runs
 

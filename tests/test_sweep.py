@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import os
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -21,9 +19,9 @@ import pytest
 from polyadapt.core import cli, sweep_point
 from polyadapt.core.errors import AdaptError
 from polyadapt.core.sweep_point import Job
-from polyadapt.tests.vision_cases import CODE, Ran, configuration, save_labelled, write
+from polyadapt.tests.command_cases import CODE, Run, command, rows_of, write
+from polyadapt.tests.vision_cases import configuration, save_labelled
 
-Run = Callable[..., Ran]
 CONFIG = """model: {adapter: {class_path: LoRA, init_args: {rank: 2}}, lr: 0.1}
 data: {path: a.npz, seed: 0}
 """
@@ -38,12 +36,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def command(*words: str) -> Ran:
-        capsys.readouterr()
-        code = cli.main(["sweep", *words])
-        return Ran(code, *capsys.readouterr())
-
-    return command
+    return command(capsys, "sweep")
 
 
 def _values(job: Job) -> dict[str, str]:
@@ -87,8 +80,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
 
 
 def _table() -> list[dict[str, str]]:
-    with Path("sweeps/a/sweep.csv").open() as file:
-        return list(csv.DictReader(file))
+    return rows_of("sweeps/a/sweep.csv")
 
 
 # What is fitted, and what is left

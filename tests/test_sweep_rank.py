@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from torch import Generator, Tensor
 from polyadapt.core import Bottleneck, Site, cli
 from polyadapt.core.adapters.bottleneck import BottleneckAdapter
 from polyadapt.core.layers import BlockLayer
-from polyadapt.tests.vision_cases import Ran, configuration, save_labelled, write
+from polyadapt.tests.command_cases import Ran, command, rows_of, write
+from polyadapt.tests.vision_cases import configuration, save_labelled
 from polyadapt.vision.sweep_rank import elbow, good_enough
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -26,10 +26,8 @@ pytestmark = pytest.mark.slow  # whole runs
 ADAPTER = {"class_path": "AdapterTune", "init_args": {"rank": 3}}
 
 
-def command(capsys: pytest.CaptureFixture[str], *more: str) -> Ran:
-    capsys.readouterr()
-    words = ["vision", "sweep-rank", "--config=a.yaml", "--out=out", *more]
-    return Ran(cli.main(words), *capsys.readouterr())
+def sweep(capsys: pytest.CaptureFixture[str], *more: str) -> Ran:
+    return command(capsys, "vision", "sweep-rank", "--config=a.yaml", "--out=out")(*more)
 
 
 def save_inputs(**changes: Any) -> None:
@@ -42,12 +40,10 @@ def save_inputs(**changes: Any) -> None:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a sweep over two ranks and two seeds."""
     folder = tmp_path_factory.mktemp("swept")
-    before = Path.cwd()
-    os.chdir(folder)
-    save_inputs()
     words = ["vision", "sweep-rank", "--config=a.yaml", "--out=out", "--ranks=4,2", "--seeds=0,1"]
-    assert cli.main(words) == 0
-    os.chdir(before)
+    with contextlib.chdir(folder):
+        save_inputs()
+        assert cli.main(words) == 0
     return folder
 
 
@@ -126,8 +122,7 @@ def trained_error(wanted: Tensor, rank: int) -> float:
 
 @pytest.mark.usefixtures("_swept")
 def test_every_rank_is_fitted_with_every_seed() -> None:
-    with Path("out/sweep.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of("out/sweep.csv")
     assert [(row["rank"], row["seed"]) for row in rows] == [
         ("4", "0"),
         ("2", "0"),
@@ -151,7 +146,7 @@ def test_a_second_call_fits_only_what_has_no_record(capsys: pytest.CaptureFixtur
     stamp, table = kept.stat().st_mtime_ns, Path("out/sweep.txt").read_text()
     Path("out/rank4-seed1/record.json").unlink()  # stopped before its end
     Path("out/sweep.csv").unlink()
-    ran = command(capsys, "--ranks=4,2", "--seeds=0,1")
+    ran = sweep(capsys, "--ranks=4,2", "--seeds=0,1")
     assert ran.code == 0
     assert kept.stat().st_mtime_ns == stamp
     assert Path("out/sweep.txt").read_text() == table
@@ -165,7 +160,7 @@ def test_a_changed_configuration_is_not_mixed_with_what_is_there(
 ) -> None:
     before = Path("out/sweep.csv").read_bytes()
     save_inputs(model__lr=0.5)
-    assert "out/rank4-seed0 holds a run with other settings" in command(capsys, "--ranks=4").line()
+    assert "out/rank4-seed0 holds a run with other settings" in sweep(capsys, "--ranks=4").line()
     assert Path("out/sweep.csv").read_bytes() == before
 
 
@@ -187,7 +182,7 @@ def test_ranks_that_are_none_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save_inputs()
-    assert told in command(capsys, *words).line()
+    assert told in sweep(capsys, *words).line()
     assert not Path("out").exists()
 
 
@@ -196,7 +191,7 @@ def test_nothing_is_fitted_when_one_of_the_points_cannot_be(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Path("out/rank4-seed0/record.json").write_text('{"name": "rank 4"}')
-    assert "is no record of a fit" in command(capsys, "--ranks=8,4").line()
+    assert "is no record of a fit" in sweep(capsys, "--ranks=8,4").line()
     assert not Path("out/rank8-seed0").exists()
 
 
@@ -205,4 +200,4 @@ def test_a_method_without_a_rank_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save_inputs(model__adapter="HeadOnly")
-    assert "rank" in command(capsys, "--ranks=4").line()
+    assert "rank" in sweep(capsys, "--ranks=4").line()

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,38 +12,26 @@ import pytest
 import torch
 import yaml
 
-from polyadapt.core import AdaptError, cli
+from polyadapt.core import AdaptError
 from polyadapt.core.store import read_file
+from polyadapt.tests.command_cases import Ran, Run, command, rows_of, trained_in, write
 from polyadapt.tests.series_cases import SIZES
 from polyadapt.timeseries.configuration import Measured
 from polyadapt.timeseries.task import SeriesTask
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "timeseries").glob("*.yaml"))
 SET = "runs/a/adapter.safetensors"
-Run = Callable[..., tuple[int, str, str]]
 
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.in_an_empty_folder
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def command(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main(["timeseries", *words])
-        return code, *capsys.readouterr()
-
-    return command
+    return command(capsys, "timeseries")
 
 
-def line(ran: tuple[int, str, str]) -> str:
-    """The one line on stderr of a command that was refused."""
-    code, _, said = ran
-    assert code == 2
-    (only,) = said.splitlines()
-    return only.removeprefix("polyadapt: ")
+def line(ran: Ran) -> str:
+    return ran.line().removeprefix("polyadapt: ")
 
 
 def configuration(**changes: Any) -> dict[str, Any]:
@@ -78,10 +62,6 @@ def configuration(**changes: Any) -> dict[str, Any]:
     }
 
 
-def write(name: str, config: dict[str, Any]) -> None:
-    Path(name).write_text(yaml.safe_dump(config))
-
-
 def save_table() -> None:
     """300 hours of two channels."""
     with Path("table.csv").open("w") as file:
@@ -94,27 +74,13 @@ def save_table() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with table.csv, a.yaml and the run of `fit`."""
-    folder, before = tmp_path_factory.mktemp("trained"), Path.cwd()
-    os.chdir(folder)
-    try:
-        save_table()
-        write("a.yaml", configuration())
-        assert cli.main(["timeseries", "fit", "--config", "a.yaml"]) == 0
-    finally:
-        os.chdir(before)
-    return folder
-
-
-@pytest.fixture
-def after_training(trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path_factory.mktemp("trained")
+    return trained_in(folder, "timeseries fit", configuration(), save_table)
 
 
 @pytest.mark.usefixtures("after_training")
 def test_a_run_leaves_metrics_and_a_file_that_says_everything() -> None:
-    with Path("runs/a/metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of("runs/a/metrics.csv")
     assert {"train_loss", "val_loss", "val_mse", "val_mae"} < set(rows[0])
     assert float(rows[1]["val_mse"]) < float(rows[0]["val_mse"])
     extra = read_file(SET).extra
@@ -138,8 +104,7 @@ def test_a_run_leaves_metrics_and_a_file_that_says_everything() -> None:
 @pytest.mark.usefixtures("after_training")
 def test_the_test_part_is_measured_alike_by_file_and_by_checkpoint(run: Run) -> None:
     assert run("test", "--config", "runs/a/config.yaml", f"--set={SET}")[0] == 0
-    with Path("runs/a/test_metrics.csv").open() as opened:
-        (row,) = csv.DictReader(opened)
+    (row,) = rows_of("runs/a/test_metrics.csv")
     assert set(row) == {"test_loss", "test_mse", "test_mae"}
     best = "--ckpt_path=runs/a/best.ckpt"
     assert run("test", "--config", "a.yaml", best, "--run=b")[0] == 0
@@ -173,8 +138,7 @@ def test_quantiles_are_asked_for_by_the_configuration(run: Run) -> None:
     settings = {"horizon": 4, "loss": "quantile", "levels": [0.25, 0.5, 0.75]}
     write("q.yaml", configuration(model={"aim": {"class_path": "Forecast", "init_args": settings}}))
     assert run("fit", "--config", "q.yaml", "--trainer.max_epochs=1")[0] == 0
-    with Path("runs/q/metrics.csv").open() as file:
-        assert "val_coverage" in next(csv.reader(file))
+    assert "val_coverage" in rows_of("runs/q/metrics.csv")[0]
 
 
 @pytest.mark.parametrize(

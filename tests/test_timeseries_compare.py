@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from polyadapt.core.errors import AdaptError
 from polyadapt.core.records import RECORD
+from polyadapt.tests.command_cases import rows_of
 from polyadapt.timeseries import compare as command
 from polyadapt.timeseries import protocol
 from polyadapt.timeseries.backbones import GPT2, NoLanguageModel
@@ -55,7 +55,7 @@ def compare(*words: str) -> None:
 
 
 def outcomes() -> list[dict[str, str]]:
-    return list(csv.DictReader(Path("out/outcomes.csv").read_text().splitlines()))
+    return rows_of("out/outcomes.csv")
 
 
 def data(**changes: Any) -> TableData:

@@ -8,8 +8,9 @@ import pytest
 
 from polyadapt.core import cli
 from polyadapt.core.store import read_file
+from polyadapt.tests.command_cases import write
 from polyadapt.tests.test_processes import assert_same, finished, started
-from polyadapt.tests.test_timeseries_cli import configuration, save_table, write
+from polyadapt.tests.test_timeseries_cli import configuration, save_table
 
 pytestmark = pytest.mark.slow  # whole runs
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,53 +13,31 @@ import yaml
 
 from polyadapt.core import cli
 from polyadapt.core.store import read_file
+from polyadapt.tests.command_cases import Run, command, rows_of, trained_in, write
 from polyadapt.tests.vision_cases import (
     TINY,
     TINY_OPTIONS,
-    Ran,
     configuration,
     finished,
-    noise,
+    image,
     save_labelled,
     started,
-    train_in,
-    write,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_an_empty_folder]
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "vision").glob("*.yaml"))
-Run = Callable[..., Ran]
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def command(*words: str) -> Ran:
-        capsys.readouterr()
-        code = cli.main(["vision", *words])
-        return Ran(code, *capsys.readouterr())
-
-    return command
+    return command(capsys, "vision")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_in(tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture
-def after_training(trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-
-
-def image(path: str, seed: int = 0) -> str:
-    noise(seed).save(path)
-    return path
+    folder = tmp_path_factory.mktemp("trained")
+    return trained_in(folder, "vision fit", configuration(), save_labelled)
 
 
 def until(path: Path, process: subprocess.Popen[str]) -> None:
@@ -84,8 +59,7 @@ def test_a_run_leaves_its_files_and_its_effective_configuration() -> None:
         "learning_curve.png",
         "metrics.csv",
     }
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(folder / "metrics.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert {"train_loss", "val_loss", "val_top1", "val_macro_f1"} < set(rows[0])
     effective = yaml.safe_load((folder / "config.yaml").read_text())
@@ -108,8 +82,7 @@ def test_the_effective_configuration_gives_the_same_adapters_again(run: Run) -> 
 def test_the_test_part_gives_metrics_and_a_confusion_matrix(run: Run) -> None:
     file = "--set=runs/a/adapter.safetensors"
     assert run("test", "--config", "runs/a/config.yaml", file).code == 0
-    with Path("runs/a/test_metrics.csv").open() as opened:
-        (row,) = csv.DictReader(opened)
+    (row,) = rows_of("runs/a/test_metrics.csv")
     assert set(row) == {"test_loss", "test_top1", "test_macro_f1", "test_calibration_error"}
     assert Path("runs/a/confusion_matrix.png").read_bytes()[1:4] == b"PNG"
     by_checkpoint = run("test", "--config", "a.yaml", "--ckpt_path=runs/a/last.ckpt", "--run=b")
@@ -144,8 +117,7 @@ def test_predict_prints_path_class_and_probability(run: Run) -> None:
     rows = [line.split("\t") for line in ran.out.splitlines()]
     assert [row[0] for row in rows] == images
     assert {row[1] for row in rows} <= {"cat", "dog", "eel"}
-    with Path("p.csv").open() as file:
-        table = list(csv.DictReader(file))
+    table = rows_of("p.csv")
     assert [(row["path"], row["class"]) for row in table] == [(row[0], row[1]) for row in rows]
     assert all(1 / 3 <= float(row["probability"]) <= 1 for row in table)
 
@@ -174,8 +146,7 @@ def test_compare_trains_each_configuration_with_each_seed() -> None:
     process = started(*words)
     out, err = process.communicate()
     assert (process.returncode, err) == (0, "")
-    with Path("cmp/outcomes.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of("cmp/outcomes.csv")
     assert [(row["name"], row["seed"]) for row in rows] == [
         ("lora", "0"),
         ("head", "0"),

@@ -2,56 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from polyadapt.core import cli
-from polyadapt.tests.vision_cases import (
-    TINY,
-    Ran,
-    configuration,
-    finished,
-    noise,
-    save_labelled,
-    train_in,
-    write,
-)
+from polyadapt.tests.command_cases import Run, command, trained_in, write
+from polyadapt.tests.vision_cases import TINY, configuration, finished, image, save_labelled
 
-Run = Callable[..., Ran]
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.in_an_empty_folder
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def command(*words: str) -> Ran:
-        capsys.readouterr()
-        code = cli.main(["vision", *words])
-        return Ran(code, *capsys.readouterr())
-
-    return command
+    return command(capsys, "vision")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_in(tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture
-def after_training(trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-
-
-def image(path: str, seed: int = 0) -> str:
-    noise(seed).save(path)
-    return path
+    folder = tmp_path_factory.mktemp("trained")
+    return trained_in(folder, "vision fit", configuration(), save_labelled)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +14,27 @@ from PIL import Image
 from polyadapt.core import cli
 from polyadapt.core.errors import StoreError
 from polyadapt.core.store import read_file
-from polyadapt.tests.vision_cases import Ran, noise, write
+from polyadapt.tests.command_cases import Run, command, rows_of, trained_in, write
+from polyadapt.tests.vision_cases import image, noise
 from polyadapt.tests.vlm_cases import COLOURS, TinyCLIP, configuration, save_colours
 from polyadapt.vlm import backbone_words, zero_shot
 from polyadapt.vlm.adapters import load_set
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_an_empty_folder]
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "vlm").glob("*.yaml"))
 SET = "runs/a/adapter.safetensors"
-Run = Callable[..., Ran]
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def command(*words: str) -> Ran:
-        capsys.readouterr()
-        code = cli.main(["vlm", *words])
-        return Ran(code, *capsys.readouterr())
-
-    return command
+    return command(capsys, "vlm")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with arrays.npz, a.yaml and the run of `fit`."""
-    folder, before = tmp_path_factory.mktemp("trained"), Path.cwd()
-    os.chdir(folder)
-    try:
-        save_colours()
-        write("a.yaml", configuration())
-        assert cli.main(["vlm", "fit", "--config", "a.yaml"]) == 0
-    finally:
-        os.chdir(before)
-    return folder
-
-
-@pytest.fixture
-def after_training(trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path_factory.mktemp("trained")
+    return trained_in(folder, "vlm fit", configuration(), save_colours)
 
 
 @pytest.fixture
@@ -74,19 +47,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zero_shot, "backbone_called", named)
 
 
-def image(path: str, seed: int = 0) -> str:
-    noise(seed).save(path)
-    return path
-
-
 # What is written
 
 
 @pytest.mark.usefixtures("after_training")
 def test_a_run_takes_its_steps_and_its_file_says_everything() -> None:
     folder = Path("runs/a")
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(folder / "metrics.csv")
     assert rows[-1]["step"] == "6"  # 2 shots, 3 steps each
     assert {"train_loss", "val_loss", "val_top1", "val_macro_f1"} < set(rows[0])
     effective = yaml.safe_load((folder / "config.yaml").read_text())
@@ -101,8 +68,7 @@ def test_a_run_takes_its_steps_and_its_file_says_everything() -> None:
 @pytest.mark.usefixtures("after_training")
 def test_the_test_part_gives_metrics_and_a_confusion_matrix(run: Run) -> None:
     assert run("test", "--config", "runs/a/config.yaml", f"--set={SET}").code == 0
-    with Path("runs/a/test_metrics.csv").open() as opened:
-        (row,) = csv.DictReader(opened)
+    (row,) = rows_of("runs/a/test_metrics.csv")
     assert set(row) == {"test_loss", "test_top1", "test_macro_f1", "test_calibration_error"}
     assert Path("runs/a/confusion_matrix.png").read_bytes()[1:4] == b"PNG"
     by_checkpoint = run("test", "--config", "a.yaml", "--ckpt_path=runs/a/last.ckpt", "--run=b")

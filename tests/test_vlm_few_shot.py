@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from polyadapt.core import attach
 from polyadapt.core.errors import AdaptError
 from polyadapt.core.images.data import ArrayData
 from polyadapt.core.records import RECORD, read_record
-from polyadapt.tests.vision_cases import write
+from polyadapt.tests.command_cases import rows_of, write
 from polyadapt.tests.vlm_cases import COLOURS, TEMPLATE, TinyCLIP, configuration, save_colours
 from polyadapt.vlm import few_shot, few_shot_words
 from polyadapt.vlm.baselines import accuracy
@@ -46,7 +45,7 @@ def compare(*words: str) -> None:
 
 
 def outcomes() -> list[dict[str, str]]:
-    return list(csv.DictReader(Path("out/outcomes.csv").read_text().splitlines()))
+    return rows_of("out/outcomes.csv")
 
 
 def record(method: str, shots: int, seed: int, top1: float, **changes: Any) -> Record:

@@ -9,8 +9,8 @@ import pytest
 
 from polyadapt.core import cli
 from polyadapt.core.store import read_file
+from polyadapt.tests.command_cases import write
 from polyadapt.tests.test_processes import assert_same, finished, started
-from polyadapt.tests.vision_cases import write
 from polyadapt.tests.vlm_cases import COLOURS, configuration, save_colours
 
 pytestmark = pytest.mark.slow  # whole runs

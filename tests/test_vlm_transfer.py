@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from polyadapt.core.configuration import DomainCLI
 from polyadapt.core.errors import AdaptError
 from polyadapt.core.fitting import calm
 from polyadapt.core.images.data import ArrayData, ImageFolders
-from polyadapt.tests.vision_cases import noise, write
+from polyadapt.tests.command_cases import rows_of, write
+from polyadapt.tests.vision_cases import noise
 from polyadapt.tests.vlm_cases import COLOURS, TEMPLATE, TinyCLIP, configuration, save_colours
 from polyadapt.vlm import few_shot, few_shot_words, transfer
 from polyadapt.vlm.configuration import DOMAIN
@@ -48,7 +48,7 @@ def save_four(path: str = "four.npz", *, test: bool = True) -> None:
 
 def transferred(*words: str) -> list[dict[str, str]]:
     assert transfer.main([*WORDS, "--backbone", "tiny", *words]) == 0
-    return list(csv.DictReader(Path("out/transfer.csv").read_text().splitlines()))
+    return rows_of("out/transfer.csv")
 
 
 # The command

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ import yaml
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from polyadapt.core import AdaptError, cli
+from polyadapt.core import AdaptError
 from polyadapt.core.images.data import ImageData, ImageLists
 from polyadapt.core.images.lists import read_list, read_lists
 from polyadapt.core.images.preprocessing import Mode, Preprocessing
-from polyadapt.tests.vision_cases import Ran, configuration, write
+from polyadapt.tests.command_cases import Ran, command, rows_of, write
+from polyadapt.tests.vision_cases import configuration
 from polyadapt.tests.vtab_cases import save_task, save_vtab_mini
 from polyadapt.vision.vtab_tasks import (
     FINAL,
@@ -30,7 +30,7 @@ from polyadapt.vision.vtab_tasks import (
     tasks_in,
 )
 
-pytestmark = pytest.mark.slow  # whole runs
+pytestmark = [pytest.mark.slow, pytest.mark.in_an_empty_folder]  # whole runs
 
 
 KITTI = next(task for task in TASKS if task.name == "kitti")
@@ -57,11 +57,6 @@ PUBLISHED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def lists_of(folder: str, **texts: str) -> Path:
     root = Path(folder)
     root.mkdir(exist_ok=True)
@@ -78,9 +73,8 @@ def save_configuration(**changes: Any) -> None:
 
 
 def vtab(capsys: pytest.CaptureFixture[str], *more: str) -> Ran:
-    capsys.readouterr()
-    words = ["vision", "vtab", "--root=mini", "--config=a.yaml", "--out=out", *more]
-    return Ran(cli.main(words), *capsys.readouterr())
+    words = ("--root=mini", "--config=a.yaml", "--out=out", *more)
+    return command(capsys, "vision", "vtab")(*words)
 
 
 def records() -> dict[str, dict[str, Any]]:
@@ -250,8 +244,8 @@ def test_a_task_is_trained_on_all_images_and_tested_once_after_the_last_epoch(
     found = records()
     assert set(found) == {"kitti-seed0", "kitti-seed3"}
     record = found["kitti-seed3"]
-    with Path("out/kitti-seed3/test_metrics.csv").open() as file:
-        assert float(next(csv.DictReader(file))["test_top1"]) == record["top1"]
+    (row,) = rows_of("out/kitti-seed3/test_metrics.csv")
+    assert float(row["test_top1"]) == record["top1"]
     expected = {
         "name": "kitti",
         "method": "LoRA",
@@ -303,8 +297,7 @@ def test_the_table_names_the_tasks_that_are_missing(capsys: pytest.CaptureFixtur
     mean = f"{sum(top1.values()) / 2:.2f}"
     assert [line.split()[-1] for line in lines if line[:2] in ("A ", "B ")] == [mean, mean]
     assert "not VTAB-1k's 1000 training images: kitti, patch_camelyon" in lines
-    with Path("out/results.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of("out/results.csv")
     assert [row["name"] for row in rows] == ["patch_camelyon", "kitti"]
     assert rows[0]["mean"] == "0.5 0.5 0.5"
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from polyadapt.core.errors import AdaptError
-from polyadapt.tests.vision_cases import write
+from polyadapt.tests.command_cases import write
 from polyadapt.vision.medical.data import Case, SegmentationData
 from polyadapt.vision.which_task import is_segmentation, refuse_segmentation
 

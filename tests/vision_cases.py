@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
-from polyadapt.core import cli
+from polyadapt.tests.command_cases import CODE, Ran, changed
 
-# A job in the background starts with interrupts ignored, and so do the processes that it starts.
-CODE = """import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from polyadapt.core.cli import main
-sys.exit(main(sys.argv[1:]))"""
 TINY_OPTIONS = {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 2}
 TINY = {
     "name": "vit_tiny_patch16_224",
@@ -28,25 +21,16 @@ TINY = {
 }
 
 
-class Ran(NamedTuple):
-    """What a command returned and printed."""
-
-    code: int
-    out: str
-    err: str
-
-    def line(self) -> str:
-        """The one line on stderr of a command that was refused."""
-        assert self.code == 2
-        (line,) = self.err.splitlines()
-        assert line.startswith("polyadapt: ")
-        return line
-
-
 def noise(seed: int, width: int = 20, height: int = 12) -> Image.Image:
     """A picture of random colours."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def image(path: str, seed: int = 0) -> str:
+    """The path of a file with such a picture."""
+    noise(seed).save(path)
+    return path
 
 
 def save_images(folder: Path, count: int) -> None:
@@ -70,26 +54,6 @@ def configuration(**changes: Any) -> dict[str, Any]:
     return changed(made, **changes)
 
 
-def changed(made: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A configuration with other values by their keys, dots as `__`; None takes a key away."""
-    for key, value in changes.items():
-        *above, last = key.split("__")
-        place = made
-        for word in above:
-            place = place.setdefault(word, {})
-        if value is None:
-            del place[last]
-        else:
-            place[last] = value
-    return made
-
-
-def write(name: str, content: dict[str, Any]) -> str:
-    """Save a configuration."""
-    Path(name).write_text(yaml.safe_dump(content))
-    return name
-
-
 def save_labelled(count: int = 24, classes: int = 3) -> None:
     """arrays.npz here: pictures of random colours in classes that mean nothing."""
     labels = np.arange(count) % classes
@@ -102,19 +66,6 @@ def save_labelled(count: int = 24, classes: int = 3) -> None:
         test_labels=labels[:6],
         classes=np.array(["cat", "dog", "eel"]),
     )
-
-
-def train_in(folder: Path) -> Path:
-    """Save arrays.npz and a.yaml in a folder and train: its run is runs/a."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        save_labelled()
-        write("a.yaml", configuration())
-        assert cli.main(["vision", "fit", "--config", "a.yaml"]) == 0
-    finally:
-        os.chdir(before)
-    return folder
 
 
 def started(*words: str) -> subprocess.Popen[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from polyadapt.tests.vision_cases import changed
+from polyadapt.tests.command_cases import changed
 from polyadapt.tests.vlm_models import clip
 from polyadapt.vlm.backbones import Backbone
 from polyadapt.vlm.model import ImageText, image_text_of
