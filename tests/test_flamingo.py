@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from polyadapt.core import (
 )
 from polyadapt.core.adapters.gated_cross_attention import attending
 from polyadapt.speech.adapters import load_set
-from polyadapt.speech.backbones import Backbone
 from polyadapt.speech.decoding import Decoding
 from polyadapt.speech.flamingo import (
     Projection,
@@ -38,18 +36,12 @@ from polyadapt.speech.flamingo import (
 )
 from polyadapt.speech.model import Speech
 from polyadapt.speech.names import LAYOUTS, Layout
+from polyadapt.tests.avsr_cases import TinyWhisper
 from polyadapt.tests.law_table import stir
 from polyadapt.tests.speech_models import tiny_speech, tiny_whisper
 
 RECIPE = GatedCrossAttention(head_width=32)
 TOKENS = torch.tensor([[50257, 50362, 464, 2068], [50257, 50362, 32, 50256]])
-
-
-@dataclass(frozen=True, kw_only=True)
-class TinyWhisper(Backbone):
-    def build(self) -> nn.Module:
-        model: nn.Module = tiny_whisper()
-        return model
 
 
 def states(batch: int = 2) -> Tensor:
