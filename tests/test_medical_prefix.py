@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -16,6 +15,7 @@ from polyadapt.tests.medical_cases import SPARSE
 from polyadapt.tests.sam_models import images, noisy, sam
 from polyadapt.tests.segmentation_cases import task_of, vessels
 from polyadapt.tests.test_prefix_cache import calls_of
+from polyadapt.tests.training_cases import quiet_trainer
 from polyadapt.vision.medical.data import Batch, GeneratedVessels
 from polyadapt.vision.medical.encoder_prefix import encoder_chain
 from polyadapt.vision.medical.frozen_prefix import KeptPrefix, require_keepable
@@ -164,11 +164,7 @@ def fitted(
     """The sizes of the batches that were embedded, and the trained task."""
     task = task_of(LoRA(rank=2), **{"at": LAST, "lr": 0.01, "seed": 0} | settings)
     embedded = calls_of(task.get_submodule("backbone.vision_encoder.patch_embed"))
-    shown = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger")
-    off: dict[str, Any] = dict.fromkeys(shown, False)
-    trainer = Trainer(
-        accelerator="cpu", max_epochs=2, num_sanity_val_steps=0, default_root_dir=folder, **off
-    )
+    trainer = quiet_trainer(max_epochs=2, num_sanity_val_steps=0, default_root_dir=folder)
     trainer.fit(task, datamodule=data or vessels())
     return embedded, task
 

@@ -26,6 +26,7 @@ from polyadapt.speech.tokens import IGNORED
 from polyadapt.speech.words import Counts, Normaliser, count
 from polyadapt.tests.speech_cases import save_manifest, save_whisper
 from polyadapt.tests.speech_models import MULTILINGUAL
+from polyadapt.tests.training_cases import quiet_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -43,15 +44,9 @@ def task_of(recipe: Recipe | None = None, at: Any = None, **settings: Any) -> Sp
 
 
 def trainer(epochs: int = 1, **settings: Any) -> Trainer:
-    return Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=bool(settings.get("callbacks")),
-        log_every_n_steps=1,
-        **settings,
+    kept = bool(settings.get("callbacks"))
+    return quiet_trainer(
+        max_epochs=epochs, enable_checkpointing=kept, log_every_n_steps=1, **settings
     )
 
 
