@@ -17,7 +17,7 @@ from polyadapt.core.complaints import errors_in_one_line
 from polyadapt.core.configuration import Domain, DomainCLI, Verb
 from polyadapt.core.errors import AdaptError
 from polyadapt.core.fitting import calm
-from polyadapt.tests import speech_cases, vision_cases
+from polyadapt.tests import speech_cases, vision_cases, vlm_cases
 
 _CLIP = {
     "embed_dim": 16,
@@ -36,20 +36,8 @@ def _vision() -> dict[str, Any]:
 
 def _vlm() -> dict[str, Any]:
     settings = {"name": "ViT-B-32", "pretrained": None, "options": copy.deepcopy(_CLIP)}
-    return {
-        "model": {
-            "backbone": {"class_path": "OpenCLIP", "init_args": settings},
-            "adapter": {"class_path": "LoRA", "init_args": {"rank": 2, "dropout": 0.25}},
-            "template": "a {}.",
-            "steps_per_shot": 3,
-            "lr": 1e-3,
-        },
-        "data": {
-            "class_path": "ArrayData",
-            "init_args": {"path": "arrays.npz", "batch_size": 4, "shots": 2},
-        },
-        "trainer": {"enable_progress_bar": False, "accelerator": "cpu"},
-    }
+    backbone = {"class_path": "OpenCLIP", "init_args": settings}
+    return vlm_cases.configuration(model__backbone=backbone)
 
 
 def _timeseries() -> dict[str, Any]:
