@@ -22,6 +22,7 @@ from .recipe import Recipe
 from .run_files import RunFiles
 from .run_folder import CONFIG, LAST, StartOfRun
 from .training import require_strategy
+from .whole_numbers import refuse_huge
 
 Verb = Literal["fit", "validate", "test"]
 
@@ -157,6 +158,7 @@ class DomainCLI(LightningCLI):
         if self.config.get("set") != self.set_file:
             raise AdaptError("`set` belongs on the command line: --set FILE")
         given = self.config.as_dict()
+        refuse_huge(given)
         refuse_chosen(given["data"], "data")
         if self.set_file is None:
             refuse_nulls(given["model"], self.domain.task, "model")
@@ -209,12 +211,21 @@ class DomainCLI(LightningCLI):
         """A configuration beside an adapter file must not say another backbone than the file."""
         made_on = self.domain.backbone_of(set_file)
         self.domain.refuse_file(set_file, model or {})
+        for key in model or {}:
+            if key.startswith("backbone."):  # of the command line, where no backbone is named
+                raise AdaptError(
+                    f"--model.{key} does not go with --set: the file says its backbone"
+                )
         said = (model or {}).get("backbone")
         if said is None:
             return
-        path, settings = (said, {}) if isinstance(said, str) else (said["class_path"], said)
-        kind = str(path).rpartition(".")[2]
-        wanted = self.domain.backbone.from_json({"backbone": kind, **settings.get("init_args", {})})
+        asked = {"class_path": said} if isinstance(said, str) else said
+        settings = asked.get("init_args") or {} if isinstance(asked, Mapping) else None
+        if not isinstance(settings, Mapping) or not isinstance(asked.get("class_path"), str):
+            allowed = "a class_path with its init_args, or nothing: the file says it"
+            raise AdaptError(f"model.backbone: {said!r} is not allowed: {allowed}")
+        kind = asked["class_path"].rpartition(".")[2]
+        wanted = self.domain.backbone.from_json({"backbone": kind, **settings})
         if wanted != made_on:
             raise AdaptError(f"{set_file} was made on {made_on}, not on {wanted}")
 

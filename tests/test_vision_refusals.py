@@ -37,6 +37,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"model__adapter__init_args__rank": 0}, "LoRA: rank 0 is not allowed"),
         ({"model__adapter__init_args__rank": 500}, "rank 500 does not fit blocks.0.attn.qkv"),
         ({"model__at": "block.*.attn.qkv"}, "nearest: blocks.*.attn.qkv"),
+        ({"data__init_args__seed": 2**70}, "data.init_args.seed: 1180591620717411303424 is not"),
+        ({"seed_everything": 2**40}, "seed_everything: 1099511627776 is not allowed: whole"),
         ({"model__lr": "fast"}, "model.lr: 'fast' is not allowed: float"),
         ({"model__lr": -1.0}, "lr=-1.0 is not allowed"),
         ({"model__preprocessing": "imagnet"}, "'imagnet' is not allowed: backbone, imagenet"),
@@ -193,6 +195,16 @@ def test_an_adapter_file_of_another_backbone_is_refused(run: Run) -> None:
     ran = run("test", "--config", "b.yaml", "--set", "runs/a/adapter.safetensors")
     assert "was made on" in ran.line()
     assert "seed=1" in ran.err
+
+
+@pytest.mark.usefixtures("after_training")
+def test_settings_of_a_backbone_without_its_name_are_refused_beside_a_file(run: Run) -> None:
+    write("data.yaml", configuration(model=None))
+    setting = "--set", "runs/a/adapter.safetensors", "--model.backbone.init_args.seed", "1"
+    line = run("test", "--config", "a.yaml", *setting).line()
+    assert "a class_path with its init_args, or nothing: the file says it" in line
+    line = run("test", "--config", "data.yaml", *setting).line()
+    assert "--model.backbone.init_args.seed does not go with --set: the file says its" in line
 
 
 @pytest.mark.usefixtures("after_training")
