@@ -33,8 +33,8 @@ def one_scene(
         )
     if apart:
         raise AdaptError(
-            f"{_listed(names, apart)}: shows no parallax against the rest, as the camera only"
-            " turned: leave it out, or add images from other places"
+            f"{_listed(names, apart)}: no parallax against the rest, as the camera only turned:"
+            " leave out, or add images from other places"
         )
     return predictions.only(moved)
 
@@ -56,8 +56,8 @@ def require_connected(predictions: Predictions, names: Sequence[str]) -> None:
         )
     if apart:
         raise AdaptError(
-            f"{_listed(names, apart)}: overlaps no other image as far as the network is sure:"
-            " leave it out, or add images in between"
+            f"{_listed(names, apart)}: no overlap with the rest as far as the network is sure:"
+            " leave out, or add images in between"
         )
 
 

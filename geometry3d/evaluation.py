@@ -99,6 +99,7 @@ def compared(
     "truth" trains on the true pointmaps: what calibration could reach.
     """
     rule, sites = wanted.rule, list(at)
+    held_out = held_out_views(len(truth), wanted.hold_out)  # refuses before anything is computed
 
     def seen_now() -> Survey:
         return survey(network, truth.images, wanted.graph, rule, focals, wanted.sweeps, tell)
@@ -121,7 +122,7 @@ def compared(
             seen.predictions,
             alignment.reconstruction(truth.images, truth.names),
             truth,
-            held_out_views(len(truth), wanted.hold_out),
+            held_out,
         )
         yield Row(scene=scene, method=method, gain=gain, **scores)
 

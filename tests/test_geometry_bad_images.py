@@ -36,7 +36,7 @@ def test_images_of_different_places_are_refused(tmp_path: Path, reconstruct: Run
 def test_an_image_of_another_place_is_named(tmp_path: Path, reconstruct: Run) -> None:
     images = torch.cat([camouflaged(40, 3).images, camouflaged(42, 1).images])
     line = reconstruct(save_images(images, tmp_path / "one")).line()
-    assert "3.png: overlaps no other image" in line
+    assert "3.png: no overlap with the rest" in line
 
 
 def test_images_without_texture_are_refused(tmp_path: Path, reconstruct: Run) -> None:
@@ -63,7 +63,7 @@ def _said(sure: list[tuple[int, int]], views: int) -> Predictions:
 def test_images_may_be_joined_by_a_chain_in_either_order_but_not_in_two_pieces() -> None:
     names = ["a", "b", "c", "d"]
     require_connected(_said([(0, 1), (2, 1), (3, 2)], 4), names)
-    with pytest.raises(AdaptError, match=r"^c, d: overlaps no other image"):
+    with pytest.raises(AdaptError, match=r"^c, d: no overlap with the rest"):
         require_connected(_said([(0, 1), (2, 3)], 4), names)
     with pytest.raises(AdaptError, match=r"^a overlaps no other image .*, nor does any other"):
         require_connected(_said([], 4), names)

@@ -117,7 +117,7 @@ def test_an_image_without_parallax_against_the_rest_is_named() -> None:
     every = said(scene)
     window = every.only((every.edges != torch.tensor([1, 2])).any(1))  # 1 and 2 are not asked about
     window = window.only((window.edges != torch.tensor([2, 1])).any(1))
-    with pytest.raises(AdaptError, match=r"^camouflaged-60-2: shows no parallax against the rest"):
+    with pytest.raises(AdaptError, match=r"^camouflaged-60-2: no parallax against the rest"):
         one_scene(window, scene.images, scene.names, scene.focals)
 
 
