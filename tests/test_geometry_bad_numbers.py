@@ -20,6 +20,8 @@ from polyadapt.geometry3d.trajectory import ate
 from polyadapt.geometry3d.weights import Calibrated
 from polyadapt.tests.geometry_cases import FOCAL, all_pairs, small_scene
 
+pytestmark = pytest.mark.slow
+
 
 def _said(views: int = 3) -> Predictions:
     return Oracle(small_scene(views)).predictions(all_pairs(views))

@@ -20,6 +20,8 @@ from polyadapt.geometry3d.pointmaps import Pair
 from polyadapt.geometry3d.predictions import Predictions
 from polyadapt.tests.calibration_cases import FOCAL, HEIGHT, WIDTH, WORD, Flat, drawn
 
+pytestmark = pytest.mark.slow
+
 Refused = Callable[..., str]
 FLAT = ("--backbone", WORD)
 MEMORY = "out of memory reconstructing: take fewer or smaller images (--limit, --size)"

@@ -12,6 +12,8 @@ from polyadapt.core.errors import AdaptError
 from polyadapt.geometry3d.scene_file import FEATURES, read_scene
 from polyadapt.tests.calibration_cases import FOCAL, HEIGHT, SITE, WIDTH, Flat, FlatBackbone
 
+pytestmark = pytest.mark.slow
+
 RECORD = {
     "task": "scene calibration",
     "backbone": FlatBackbone().to_json(),
