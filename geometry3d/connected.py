@@ -26,16 +26,14 @@ def one_scene(
     require_connected(predictions, names)
     moved = ~turned(predictions, images, focals)
     apart = _apart(predictions, moved, len(names))
-    if len(apart) == len(names):
-        raise AdaptError(
-            f"{names[0]} and the others show no parallax: a turn of the camera explains what"
-            " differs; depth needs cameras that stand apart"
-        )
-    if apart:
-        raise AdaptError(
-            f"{_listed(names, apart)}: no parallax against the rest, as the camera only turned:"
-            " leave out, or add images from other places"
-        )
+    _require_none(
+        apart,
+        names,
+        "and the others show no parallax: a turn of the camera explains what differs; depth needs"
+        " cameras that stand apart",
+        "no parallax against the rest, as the camera only turned: leave out, or add images from"
+        " other places",
+    )
     return predictions.only(moved)
 
 
@@ -49,16 +47,22 @@ def require_connected(predictions: Predictions, names: Sequence[str]) -> None:
     Raises AdaptError, one line with the names.
     """
     apart = _apart(predictions, torch.ones(len(predictions.edges), dtype=torch.bool), len(names))
+    _require_none(
+        apart,
+        names,
+        "overlaps no other image as far as the network is sure, nor does any other of them: it"
+        " needs texture, and cameras that stand apart and see the same things",
+        "no overlap with the rest as far as the network is sure: leave out, or add images in"
+        " between",
+    )
+
+
+def _require_none(apart: Sequence[int], names: Sequence[str], every: str, some: str) -> None:
+    """Refuse views that are apart: every one, named by the first, or some, by their names."""
     if len(apart) == len(names):
-        raise AdaptError(
-            f"{names[0]} overlaps no other image as far as the network is sure, nor does any other"
-            " of them: it needs texture, and cameras that stand apart and see the same things"
-        )
+        raise AdaptError(f"{names[0]} {every}")
     if apart:
-        raise AdaptError(
-            f"{_listed(names, apart)}: no overlap with the rest as far as the network is sure:"
-            " leave out, or add images in between"
-        )
+        raise AdaptError(f"{_listed(names, apart)}: {some}")
 
 
 def _apart(predictions: Predictions, counted: Tensor, views: int) -> list[int]:
